@@ -17,5 +17,5 @@ def prepare():
     atexit.register(shutil.rmtree, base, ignore_errors=True)
     for folder in ("models", "input", "output", "temp", "custom_nodes"):
         (base / folder).mkdir()
-    comfy_host.use_in_process(run.comfy_path(), base)
+    comfy_host.use_in_process(run.comfyui_folder(), base)
     return base
