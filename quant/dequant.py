@@ -1,0 +1,109 @@
+"""From blocks to floats: tiles that stay in cache, float32 inside, one rounding at the end.
+
+An eager torch formula makes several passes over its data. On a large weight each pass would go
+through main memory, so blocks are taken in tiles that fit the second-level cache; a tile's result
+is cast while it is copied to its place. Under torch.compile, which fuses the passes itself, and on
+other devices, where a launch costs more than a pass, the tile is the whole or a large part.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from torch import Tensor
+
+from .errors import GGUFError
+from .types import PLAIN_TYPES, QTYPES, find_type
+
+_CPU_TILE = 2**16  # weights for each thread: 256 KiB of float32
+_DEVICE_TILE = 2**24  # weights: 64 MiB of float32, enough to hide a launch
+
+
+def _tile(device: torch.device) -> int:
+    """Weights to unpack at a time."""
+    return _CPU_TILE * torch.get_num_threads() if device.type == "cpu" else _DEVICE_TILE
+
+
+def dequantize(
+    blocks: Tensor,
+    qtype: GGMLQuantizationType,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Unpack `blocks` (uint8, any shape with the right number of bytes) to `shape`.
+
+    float32 results equal gguf-py's bit for bit; other dtypes are those rounded once. Rows need not
+    be whole blocks as long as the whole is. `out` (contiguous, of `shape`) takes the result in its
+    own dtype. A plain type that already has `dtype` comes back as a view of `blocks`.
+
+    Raises: GGUFError for an unknown type or sizes that do not fit.
+    """
+    qtype = find_type(qtype)
+    shape = tuple(shape)
+    _check_sizes(blocks, qtype, shape, out)
+    if qtype in PLAIN_TYPES:
+        values = as_plain(blocks, PLAIN_TYPES[qtype]).view(shape)
+        return values.to(dtype) if out is None else out.copy_(values)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    _unpack(blocks.reshape(-1, QTYPES[qtype].type_size), qtype, out)
+    return out
+
+
+def dequantize_rows(
+    blocks: Tensor,
+    qtype: GGMLQuantizationType,
+    row_length: int,
+    rows: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(*rows.shape, row_length): the asked-for rows of a matrix, and no others, unpacked.
+
+    blocks: (n, bytes of a row) uint8; rows: integer tensor of any shape, on the same device.
+    Raises: GGUFError if a row of `row_length` weights is not what a row of `blocks` holds.
+    """
+    if blocks.dim() != 2:
+        raise GGUFError(f"rows of blocks are a 2-D tensor, not one of shape {tuple(blocks.shape)}")
+    picked = blocks.index_select(0, rows.flatten())
+    return dequantize(picked, qtype, (*rows.shape, row_length), dtype)
+
+
+def as_plain(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes as a 1-D tensor of `dtype`: a view where their alignment allows it."""
+    flat = blocks.reshape(-1)
+    aligned = flat.data_ptr() % dtype.itemsize == 0 == flat.storage_offset() % dtype.itemsize
+    return (flat if aligned else flat.clone()).view(dtype)
+
+
+def _unpack(blocks: Tensor, qtype: GGMLQuantizationType, out: Tensor) -> None:
+    """(n, type_size) uint8 into `out`, tile by tile."""
+    row = QTYPES[qtype]
+    flat = out.view(-1, row.block_size)
+    if torch.compiler.is_compiling():
+        flat.copy_(row.dequantize_blocks(blocks))
+        return
+    step = max(1, _tile(blocks.device) // row.block_size)
+    for start in range(0, len(blocks), step):
+        flat[start : start + step] = row.dequantize_blocks(blocks[start : start + step])
+
+
+def _check_sizes(
+    blocks: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, ...], out: Tensor | None
+) -> None:
+    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    if blocks.dtype != torch.uint8:
+        raise GGUFError(f"{qtype.name} blocks are uint8, not {blocks.dtype}")
+    weights = math.prod(shape)
+    if weights % block_size:
+        raise GGUFError(
+            f"{qtype.name} packs {block_size} weights a block, which does not divide {shape}"
+        )
+    expected = weights // block_size * type_size
+    if blocks.numel() != expected:
+        raise GGUFError(
+            f"{qtype.name} of shape {shape} takes {expected} bytes, not {blocks.numel()}"
+        )
+    if out is not None and (tuple(out.shape) != shape or not out.is_contiguous()):
+        raise GGUFError(f"`out` is not a contiguous tensor of shape {shape}")

@@ -1,0 +1,8 @@
+"""The one error that `quant` raises for bad input."""
+
+
+class GGUFError(ValueError):
+    """A GGUF file, block type or tensor that cannot be used.
+
+    The message is one line: the file, the tensor or field, what was found, and what to do about it.
+    """
