@@ -479,7 +479,9 @@ class Host:
         )
         with HTTP.open(request, timeout=60) as answer:
             content = answer.read()
-            return json.loads(content) if "json" in answer.headers["Content-Type"] else content
+            return (
+                json.loads(content) if answer.headers.get_content_subtype() == "json" else content
+            )
 
     def require_nodes(self, names):
         """Raise Failure if ComfyUI lacks one of these node ids."""
