@@ -1,7 +1,7 @@
 """The IQ types: super-blocks of 256 weights whose vectors of 4 or 8 are rows of a fixed codebook.
 
-Source: ggml `dequantize_row_iq1_s` … `dequantize_row_iq4_xs`; gguf-py `quants.py`. Codes and signs are
-multiplied as int8, which is exact, so each weight sees one float32 product.
+Source: ggml `dequantize_row_iq1_s` … `dequantize_row_iq4_xs`; gguf-py `quants.py`. Codes and signs
+are multiplied as int8, which is exact, so each weight sees one float32 product.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """The K-quants: super-blocks of 256 weights whose sub-blocks share quantised scales.
 
-Source: ggml `dequantize_row_q2_K` … `dequantize_row_q6_K`; gguf-py `quants.py`. Products are taken in
-ggml's order, since float32 results are to be equal bit for bit.
+Source: ggml `dequantize_row_q2_K` … `dequantize_row_q6_K`; gguf-py `quants.py`. Products are taken
+in ggml's order, since float32 results are to be equal bit for bit.
 """
 
 import torch
@@ -75,8 +75,8 @@ def dequantize_q4_k(blocks: Tensor) -> Tensor:
 def dequantize_q5_k(blocks: Tensor) -> Tensor:
     """(n, 176) uint8 -> (n, 256) float32.   w = d·sc·q - dmin·m, sub-blocks of 32
 
-    d: f16 | dmin: f16 | scales: 12 bytes | qh: 32 bytes | qs: 128 bytes. Bit 4 of q lies in qh: bit j
-    of its byte i belongs to weight 32j + i.
+    d: f16 | dmin: f16 | scales: 12 bytes | qh: 32 bytes | qs: 128 bytes. Bit 4 of q lies in qh:
+    bit j of its byte i belongs to weight 32j + i.
     """
     n = len(blocks)
     q = planes(blocks[:, 48:].reshape(n, 4, 32), 4, dim=2).view(n, 8, 32)

@@ -1,7 +1,7 @@
 """Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and BF16: 32 weights, one half-precision scale, maybe a minimum.
 
-Source: ggml `dequantize_row_q4_0` … `dequantize_row_q8_0`; gguf-py `quants.py`. Nibbles: byte i holds
-weight i in its low half and weight i + 16 in its high half.
+Source: ggml `dequantize_row_q4_0` … `dequantize_row_q8_0`; gguf-py `quants.py`. Nibbles: byte i
+holds weight i in its low half and weight i + 16 in its high half.
 """
 
 import torch

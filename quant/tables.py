@@ -4,7 +4,7 @@ A grid's row is 4 or 8 int8 values. It is stored as one int32 or int64, so that 
 whole row; `.view(torch.int8)` then gives the values. The grids come from gguf-py's packed form.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import gguf.quants
 import torch
@@ -24,13 +24,13 @@ def _grid_rows(name: str) -> Tensor:
     return torch.from_numpy(quant.grid).view(quant.grid_shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def grid(name: str, device: torch.device) -> Tensor:
     """The packed codebook of the IQ2 or IQ3 type `name`."""
     return _pack(_grid_rows(name)).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def iq1_grid(device: torch.device) -> Tensor:
     """(4096,) int64: eight times (grid + delta), delta = 1/8 in the first half and -1/8 after.
 
@@ -40,22 +40,22 @@ def iq1_grid(device: torch.device) -> Tensor:
     return _pack(torch.cat((rows + 1, rows - 1))).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def signs(device: torch.device) -> Tensor:
     """(256,) int64: for each byte eight factors, -1 where the bit is set and 1 elsewhere."""
     bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
     return _pack(1 - 2 * bits).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def even_signs(device: torch.device) -> Tensor:
-    """(128,) int64: as `signs`, for seven bits; the eighth makes the count of -1 even (`ksigns`)."""
+    """(128,) int64: as `signs`, for seven bits: the eighth makes the count of -1 even (ksigns)."""
     seven = torch.arange(128).unsqueeze(1) >> torch.arange(7) & 1
     bits = torch.cat((seven, seven.sum(1, keepdim=True) & 1), 1)
     return _pack(1 - 2 * bits).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def nibble_values(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two (256,) int8: what a byte's low and its high nibble stand for in type `name`."""
     values = torch.tensor(getattr(gguf.quants, name).kvalues, dtype=torch.int8)

@@ -1,0 +1,211 @@
+"""Write a GGUF file, tensor by tensor, so that it appears whole or not at all.
+
+Over gguf-py's GGUFWriter, which knows the layout. The header needs each tensor's type and shape
+beforehand, not its data: give the data as a function to stream a model larger than memory.
+"""
+
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGML_QUANT_VERSION,
+    GGMLQuantizationType,
+    GGUFValueType,
+    GGUFWriter,
+)
+from torch import Tensor
+
+from .errors import GGUFError
+from .reader import ORIG_SHAPE
+from .types import PLAIN_TYPES, find_type
+
+Blocks = Tensor | Callable[[], Tensor]
+NamedTensor = tuple[str, Tensor | tuple[Blocks, GGMLQuantizationType, Sequence[int]]]
+
+_MAX_DIMS = 4  # ggml's
+_QTYPES = {dtype: qtype for qtype, dtype in PLAIN_TYPES.items()}
+_VALUE_TYPES = {
+    np.dtype(np.uint8): GGUFValueType.UINT8,
+    np.dtype(np.int8): GGUFValueType.INT8,
+    np.dtype(np.uint16): GGUFValueType.UINT16,
+    np.dtype(np.int16): GGUFValueType.INT16,
+    np.dtype(np.uint32): GGUFValueType.UINT32,
+    np.dtype(np.int32): GGUFValueType.INT32,
+    np.dtype(np.uint64): GGUFValueType.UINT64,
+    np.dtype(np.int64): GGUFValueType.INT64,
+    np.dtype(np.float32): GGUFValueType.FLOAT32,
+    np.dtype(np.float64): GGUFValueType.FLOAT64,
+    np.dtype(np.bool_): GGUFValueType.BOOL,
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor to be written: its header line, and its data or what makes them."""
+
+    name: str
+    qtype: GGMLQuantizationType
+    shape: tuple[int, ...]
+    data: Blocks
+
+    @property
+    def nbytes(self) -> int:
+        block_size, type_size = GGML_QUANT_SIZES[self.qtype]
+        return math.prod(self.shape) // block_size * type_size
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape if len(self.shape) <= _MAX_DIMS else (math.prod(self.shape),)
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    architecture: str,
+    metadata: Mapping[str, object],
+    tensors: Iterable[NamedTensor],
+) -> None:
+    """Write `path`, replacing a file of that name once the new one is whole and on the disk.
+
+    metadata: text, bool, int (uint32; int32 if negative; 64 bits if larger), float (float32), a
+    list of one of these (ints as int32 or int64), or numpy scalars and arrays, whose dtype decides.
+    tensors: (name, plain tensor) or (name, (blocks, qtype, shape)), where blocks is uint8 or a
+    function that makes it when its turn comes. A tensor of more than four dimensions is stored
+    flat, with its shape in `comfy.gguf.orig_shape.<name>`.
+
+    Raises: GGUFError for what cannot be written. Whatever goes wrong, nothing is left behind.
+    """
+    path = Path(path)
+    # Beside the target, since only a rename within a folder is atomic.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        entries = _entries(tensors)
+        with closing(GGUFWriter(temporary, architecture)) as writer:
+            _add_metadata(writer, architecture, metadata, entries)
+            _write(writer, entries)
+        _sync(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise GGUFError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except (GGUFError, OverflowError, UnicodeEncodeError) as error:
+        raise GGUFError(f"{path}: {error}") from error
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _entries(tensors: Iterable[NamedTensor]) -> list[_Entry]:
+    entries = [_entry(name, data) for name, data in tensors]
+    names = {entry.name for entry in entries}
+    if len(names) < len(entries):
+        raise GGUFError("two tensors have the same name")
+    return entries
+
+
+def _entry(name: str, given: Tensor | tuple[Blocks, GGMLQuantizationType, Sequence[int]]) -> _Entry:
+    if isinstance(given, Tensor):
+        if given.dtype not in _QTYPES:
+            raise GGUFError(f"tensor {name!r} is {given.dtype}, which GGUF does not store")
+        return _Entry(name, _QTYPES[given.dtype], tuple(given.shape), given)
+    blocks, qtype, shape = given
+    entry = _Entry(name, find_type(qtype), tuple(shape), blocks)
+    block_size = GGML_QUANT_SIZES[entry.qtype][0]
+    if (entry.stored_shape or (1,))[-1] % block_size:
+        raise GGUFError(
+            f"tensor {name!r}: {entry.qtype.name} packs {block_size} weights a block, "
+            f"which does not divide the rows of {entry.shape}"
+        )
+    return entry
+
+
+def _add_metadata(
+    writer: GGUFWriter, architecture: str, metadata: Mapping[str, object], entries: list[_Entry]
+) -> None:
+    """Fields in the order given, after the architecture, which GGUFWriter has added."""
+    fields = dict(metadata)
+    if fields.pop("general.architecture", architecture) != architecture:
+        raise GGUFError("the metadata names another general.architecture")
+    if (alignment := fields.pop("general.alignment", None)) is not None:
+        writer.add_custom_alignment(alignment)
+    if any(entry.qtype not in PLAIN_TYPES for entry in entries):
+        fields.setdefault("general.quantization_version", GGML_QUANT_VERSION)
+    for entry in entries:
+        if entry.stored_shape != entry.shape:
+            fields[ORIG_SHAPE + entry.name] = np.array(entry.shape, np.int32)
+    for key, value in fields.items():
+        writer.add_key_value(key, *_typed(key, value))
+
+
+def _typed(key: str, value: object) -> tuple[object, GGUFValueType, GGUFValueType | None]:
+    """(plain value, its GGUF type, its elements' type if it is an array)"""
+    if isinstance(value, np.ndarray | np.generic):
+        kind = _VALUE_TYPES.get(value.dtype)
+        if kind and value.ndim == 0:
+            return value.item(), kind, None
+        if kind and value.ndim == 1 and value.size:
+            return value.tolist(), GGUFValueType.ARRAY, kind
+    elif isinstance(value, list | tuple) and value:
+        kinds = {_scalar_type(key, item, GGUFValueType.INT32) for item in value}
+        if kinds == {GGUFValueType.INT32, GGUFValueType.INT64}:
+            kinds = {GGUFValueType.INT64}
+        if len(kinds) == 1:
+            return list(value), GGUFValueType.ARRAY, kinds.pop()
+    else:
+        return value, _scalar_type(key, value, GGUFValueType.UINT32), None
+    raise GGUFError(f"field {key!r} is not an array of one dimension and type, or is empty")
+
+
+def _scalar_type(key: str, value: object, int_type: GGUFValueType) -> GGUFValueType:
+    """The type for a value of Python's own; `int_type`: the first choice for whole numbers."""
+    if isinstance(value, bool):
+        return GGUFValueType.BOOL
+    if isinstance(value, str):
+        return GGUFValueType.STRING
+    if isinstance(value, float):
+        return GGUFValueType.FLOAT32
+    if isinstance(value, int):
+        if int_type is GGUFValueType.UINT32 and 0 <= value < 2**32:
+            return GGUFValueType.UINT32
+        if -(2**31) <= value < 2**31:
+            return GGUFValueType.INT32
+        if -(2**63) <= value < 2**63:
+            return GGUFValueType.INT64
+    raise GGUFError(f"field {key!r} has a value that GGUF does not store: {value!r:.80}")
+
+
+def _write(writer: GGUFWriter, entries: list[_Entry]) -> None:
+    for entry in entries:
+        # Any dtype but uint8 makes add_tensor_info take the shape as weights, not as bytes.
+        writer.add_tensor_info(
+            entry.name, entry.stored_shape, np.dtype(np.float32), entry.nbytes, entry.qtype
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for entry in entries:
+        writer.write_tensor_data(_bytes(entry))
+
+
+def _bytes(entry: _Entry) -> np.ndarray:
+    """1-D uint8: what goes into the file."""
+    data = entry.data if isinstance(entry.data, Tensor) else entry.data()
+    flat = data.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    if flat.numel() != entry.nbytes:
+        raise GGUFError(
+            f"tensor {entry.name!r}: {entry.qtype.name} of shape {entry.shape} "
+            f"takes {entry.nbytes} bytes, not {flat.numel()}"
+        )
+    return flat.numpy()
+
+
+def _sync(path: Path) -> None:
+    """Have the file's bytes on the disk before its name, or a crash could leave an empty file."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
