@@ -1,4 +1,4 @@
-"""The real ComfyUI in this process: `import comfy` works in the test modules of this folder."""
+"""ComfyUI in this process for every test of the tier, before its modules are imported."""
 
 from fewstep.tests import in_process
 

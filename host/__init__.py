@@ -1,0 +1,1 @@
+"""What knows ComfyUI's insides: quantised weights, operations, names, loading, sampling."""

@@ -1,0 +1,139 @@
+"""GGUF and safetensors files into ComfyUI's MODEL, CLIP and VAE, by ComfyUI's own loaders."""
+
+import logging
+import os
+
+import comfy.sd
+import comfy.utils
+import torch
+
+from ..flow import preset_from_metadata
+from ..quant import dequantize
+from .files import adopt_fp8, is_diffusion_model, read, rename_text_encoder, wrong_kind
+from .layout import is_gguf
+from .ops import gguf_ops
+
+log = logging.getLogger(__name__)
+
+PRESET = "fewstep"  # the attachment of a MODEL that holds its checkpoint's Preset
+TEXT_CONFIG = "fewstep.text_encoder."
+CLIP_TYPES = sorted((t.name.lower() for t in comfy.sd.CLIPType), key=lambda name: name != "sd3")
+
+
+def load_diffusion_model(path: str, disable_dynamic: bool = False):
+    """-> MODEL, a stock `ModelPatcher` that carries the checkpoint's `Preset`, if the file has one.
+
+    Raises: ValueError (GGUFError) naming the file and the remedy.
+    """
+    state_dict, metadata = read(path)
+    if not is_diffusion_model(state_dict):
+        raise wrong_kind(path, state_dict, metadata, "diffusion model")
+    preset = _preset(path, metadata)
+    options = {"custom_operations": gguf_ops(path)} if _has_gguf(state_dict) else {}
+    text_metadata = {k: v for k, v in metadata.items() if isinstance(v, str)}
+    log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
+    model = comfy.sd.load_diffusion_model_state_dict(
+        state_dict, model_options=options, metadata=text_metadata, disable_dynamic=disable_dynamic
+    )
+    model.cached_patcher_init = (load_diffusion_model, (path,))
+    if preset is not None:
+        model.set_attachments(PRESET, preset)
+    return model
+
+
+def load_text_encoders(
+    paths: list[str],
+    clip_type: str = "sd3",
+    cpu: bool = False,
+    embedding_directory: list[str] | None = None,
+    disable_dynamic: bool = False,
+):
+    """One to four files, in any order -> CLIP of the host's `clip_type` ("sd3", "flux", …).
+
+    Raises: ValueError (GGUFError) naming the file and the remedy.
+    """
+    state_dicts, options = [], {}
+    for path in paths:
+        state_dict, metadata = read(path)
+        state_dict = rename_text_encoder(path, state_dict, metadata)
+        state_dict, metadata = comfy.utils.convert_old_quants(state_dict, metadata=metadata)
+        if comfy.sd.detect_te_model(state_dict) is None:
+            raise wrong_kind(path, state_dict, metadata, "text encoder")
+        log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
+        options.update(_encoder_config(state_dict, metadata))
+        state_dicts.append(state_dict)
+    if any(map(_has_gguf, state_dicts)):
+        for path, state_dict in zip(paths, state_dicts, strict=True):
+            adopt_fp8(path, state_dict)
+        options["custom_operations"] = gguf_ops(", ".join(map(os.path.basename, paths)))
+    if cpu:
+        options["load_device"] = options["offload_device"] = torch.device("cpu")
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        state_dicts,
+        embedding_directory=embedding_directory,
+        clip_type=comfy.sd.CLIPType[clip_type.upper()],
+        model_options=options,
+        disable_dynamic=disable_dynamic,
+    )
+    again = (paths, clip_type, cpu, embedding_directory)
+    clip.patcher.cached_patcher_init = (_text_encoder_patcher, again)
+    return clip
+
+
+def _text_encoder_patcher(*args, disable_dynamic=False):
+    return load_text_encoders(*args, disable_dynamic=disable_dynamic).patcher
+
+
+def load_vae(path: str):
+    """-> VAE. A VAE is small and its convolutions run often, so its weights are dequantised.
+
+    Raises: ValueError (GGUFError) naming the file and the remedy.
+    """
+    state_dict, metadata = read(path)
+    dense = {name: _dense(tensor) for name, tensor in state_dict.items()}
+    vae = comfy.sd.VAE(sd=dense, metadata={k: v for k, v in metadata.items() if isinstance(v, str)})
+    if vae.first_stage_model is None:
+        raise wrong_kind(path, state_dict, metadata, "VAE")
+    return vae
+
+
+def summary(state_dict: dict[str, torch.Tensor]) -> str:
+    """'412 tensors, 2.1 GB: 300 Q6_K, 112 float32' for the log."""
+    counts, size = {}, 0
+    for tensor in state_dict.values():
+        label = tensor.params.qtype.name if is_gguf(tensor) else str(tensor.dtype).split(".")[1]
+        counts[label] = counts.get(label, 0) + 1
+        size += tensor.nbytes
+    types = ", ".join(f"{n} {label}" for label, n in sorted(counts.items(), key=lambda c: -c[1]))
+    return f"{len(state_dict)} tensors, {size / 1e9:.2f} GB: {types}"
+
+
+def _preset(path, metadata):
+    try:
+        return preset_from_metadata(metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _has_gguf(state_dict) -> bool:
+    return any(map(is_gguf, state_dict.values()))
+
+
+def _dense(tensor):
+    if not is_gguf(tensor):
+        return tensor
+    return dequantize(tensor._qdata, tensor.params.qtype, tuple(tensor.shape))
+
+
+def _encoder_config(state_dict, metadata) -> dict:
+    """Sizes that a file declares of itself, where they differ from the published encoders'.
+
+    The host reads a CLIP's sizes from `model_config` (`text_encoders/long_clipl.py`) and a T5's
+    from `t5xxl_model_config` (`sd1_clip.SDClipModel`).
+    """
+    start = len(TEXT_CONFIG)
+    sizes = {k[start:]: v for k, v in metadata.items() if k.startswith(TEXT_CONFIG)}
+    if not sizes:
+        return {}
+    t5 = any(name.startswith("encoder.block.") for name in state_dict)
+    return {"t5xxl_model_config" if t5 else "model_config": sizes}

@@ -1,0 +1,197 @@
+"""ComfyUI's operations over GGUF weights.
+
+The classes derive from the host's `manual_cast`, so that casting, offloading and LoRA patches stay
+the host's. They add three things: weights are taken over from the state dict instead of copied (a
+quantised weight cannot be copied into a float parameter, and a mapped file should not be); a
+weight that the host patches is dequantised first; and a result that is not finite names its tensor.
+"""
+
+import comfy.float
+import comfy.ops
+import torch
+from comfy.quant_ops import QuantizedTensor
+
+from ..quant import dequantize_rows
+from .layout import is_gguf
+from .saving import SavedWeight
+
+
+class _TakeOver:
+    """Mixin for operations whose weight may stay quantised."""
+
+    gguf_patch = None
+
+    def __init__(self, *args, device=None, **kwargs):
+        super().__init__(*args, device="meta", **kwargs)  # the weights bring their own memory
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        self.gguf_name, self.gguf_checked = prefix, False
+        for name, old in list(self._parameters.items()):
+            if old is None:
+                continue
+            new = state_dict.get(prefix + name)
+            if new is None:
+                missing_keys.append(prefix + name)
+                new = torch.zeros(old.shape, dtype=old.dtype)
+            elif new.shape != old.shape:
+                raise ValueError(
+                    f"{self.gguf_source}: tensor {prefix}{name} has shape {tuple(new.shape)}, the "
+                    f"model needs {tuple(old.shape)}. The file was badly converted, or is of a "
+                    "variant that this ComfyUI does not know: update ComfyUI or get another file."
+                )
+            setattr(self, name, torch.nn.Parameter(new, requires_grad=False))
+
+    def _apply(self, fn, recurse=True):
+        """`.to()` on a quantised parameter gives a new one: torch would write into the old."""
+        for name, param in self._parameters.items():
+            if param is not None and not param.is_meta:
+                self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if is_gguf(self.weight):
+            destination[prefix + "weight"] = SavedWeight(self)
+
+    def convert_weight(self, weight, inplace=False, **_options):
+        """Host's hook: the weight as floats, before patches are added to it."""
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(self, weight, inplace_update=False, seed=None, return_weight=False, **_options):
+        """Host's hook: takes a patched weight. A quantised one is kept dense, since its type could
+        not hold a patch finer than its own rounding; where the host needs the same size again
+        (saving, hooks) it is quantised anew.
+        """
+        if is_gguf(self.weight):
+            if return_weight or inplace_update:
+                weight = self.weight.requantize_from_float(weight)
+        else:
+            weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
+        if return_weight:
+            return weight
+        if inplace_update:
+            self.weight.data.copy_(weight)
+        else:
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return None
+
+    @property
+    def weight_lowvram_function(self):
+        """The host's dynamic VRAM hangs a LoRA patch here and, once it has applied it, writes the
+        sum back in the weight's own type. Quantised, that would round the patch away, so the host
+        finds none and `cast` adds it to the floats.
+        """
+        return None
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, patch):
+        self.gguf_patch = patch
+
+    def cast(self, dtype, device):
+        """Weight and bias in `dtype` on `device`, patches added; and the host's return token."""
+        weight, bias, stream = comfy.ops.cast_bias_weight(
+            self, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True
+        )
+        if isinstance(weight, QuantizedTensor):
+            weight = weight.to(dtype=dtype).dequantize()
+        if self.gguf_patch is not None:
+            weight = self.gguf_patch(weight)
+        return weight, bias, stream
+
+    def uncast(self, weight, bias, stream):
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+
+    def forward_comfy_cast_weights(self, input):
+        weight, bias, stream = self.cast(input.dtype, input.device)
+        output = self.compute(input, weight, bias)
+        self.uncast(weight, bias, stream)
+        if not self.gguf_checked:
+            self.check(input, weight, output)
+        return output
+
+    def check(self, input, weight, output):
+        """Once a load: a weight that is not finite is named, instead of a silent black picture."""
+        if output.isfinite().all() or not input.isfinite().all() or weight.isfinite().all():
+            self.gguf_checked = True
+            return
+        raise ValueError(
+            f"{self.gguf_source}: tensor {self.gguf_name}weight holds NaN or infinity, so every "
+            "picture made with it would be black. The file is damaged or was badly converted: "
+            "download it again or get another quantisation of it."
+        )
+
+
+class _Dense:
+    """Mixin for operations whose weight is small: a quantised one is dequantised while loading."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in self._parameters:
+            if is_gguf(state_dict.get(prefix + name)):
+                state_dict[prefix + name] = state_dict[prefix + name].dequantize()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def gguf_ops(source: str) -> type:
+    """The host's operations for one file, whose path `source` stands in error messages.
+
+    A class of its own for each file, so that nothing set for one model shows in another.
+    """
+    host = comfy.ops.manual_cast
+
+    class Conv(_TakeOver):
+        def compute(self, input, weight, bias):
+            return self._conv_forward(input, weight, bias)
+
+    class GGUFOps(host):
+        class Linear(_TakeOver, host.Linear):
+            gguf_source = source
+
+            def compute(self, input, weight, bias):
+                return torch.nn.functional.linear(input, weight, bias)
+
+        class Conv1d(Conv, host.Conv1d):
+            gguf_source = source
+
+        class Conv2d(Conv, host.Conv2d):
+            gguf_source = source
+
+        class Conv3d(Conv, host.Conv3d):
+            gguf_source = source
+
+        class Embedding(_TakeOver, host.Embedding):
+            gguf_source = source
+
+            def forward_comfy_cast_weights(self, input, out_dtype=None):
+                """Only the rows asked for are dequantised."""
+                if self.gguf_patch is not None:
+                    weight, bias, stream = self.cast(out_dtype or self.weight.dtype, input.device)
+                    rows = torch.nn.functional.embedding(input, weight)
+                elif is_gguf(self.weight) and not self.weight_function:
+                    weight, bias, stream = comfy.ops.cast_bias_weight(
+                        self, dtype=self.weight.dtype, device=input.device, offloadable=True
+                    )
+                    rows = dequantize_rows(
+                        weight._qdata,
+                        weight.params.qtype,
+                        self.embedding_dim,
+                        input.reshape(-1),
+                        out_dtype or weight.dtype,
+                    ).reshape(*input.shape, self.embedding_dim)
+                else:
+                    return super().forward_comfy_cast_weights(input, out_dtype)
+                self.uncast(weight, bias, stream)
+                return rows
+
+        class ConvTranspose1d(_Dense, host.ConvTranspose1d): ...
+
+        class ConvTranspose2d(_Dense, host.ConvTranspose2d): ...
+
+        class GroupNorm(_Dense, host.GroupNorm): ...
+
+        class LayerNorm(_Dense, host.LayerNorm): ...
+
+        class RMSNorm(_Dense, host.RMSNorm): ...
+
+    return GGUFOps

@@ -1,0 +1,239 @@
+"""GGUF files through the host's own loaders: equal to the dequantised model, bit for bit."""
+
+import comfy.model_patcher
+import comfy.sample
+import comfy.sd
+import pytest
+import torch
+from fewstep.host import loading, ops
+from fewstep.host.layout import is_gguf, wrap
+from fewstep.host.ops import gguf_ops
+from fewstep.tests.host import toys
+from gguf import GGMLQuantizationType as T
+from safetensors.torch import load_file, save_file
+
+QKV = "joint_blocks.0.x_block.attn.qkv"
+
+
+def sample(model, steps=2):
+    g = torch.Generator().manual_seed(3)
+    cond = [
+        [
+            torch.randn(1, 77, 4096, generator=g),
+            {"pooled_output": torch.randn(1, 2048, generator=g)},
+        ]
+    ]
+    latent = torch.zeros(1, 16, 8, 8)
+    noise = torch.randn(latent.shape, generator=g)
+    return comfy.sample.sample(
+        model, noise, steps, 1.0, "euler", "simple", cond, cond, latent, seed=4
+    )
+
+
+def weight(model, layer=QKV):
+    return comfy.utils.get_attr(model.model.diffusion_model, layer + ".weight")
+
+
+def lora(strength=0.1):
+    g = torch.Generator().manual_seed(5)
+    up, down = torch.randn(384, 4, generator=g), torch.randn(4, 128, generator=g)
+    key = f"diffusion_model.{QKV}."
+    return {key + "lora_up.weight": up * strength, key + "lora_down.weight": down * strength}
+
+
+def with_lora(model, strength=1.0):
+    return comfy.sd.load_lora_for_models(model, None, lora(), strength, 0)[0]
+
+
+@pytest.mark.parametrize("qtype", [T.Q8_0, T.Q4_0, T.F16, T.BF16])
+def test_samples_as_the_dequantised_model_does(tmp_path, qtype):
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(), qtype)
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    reference = comfy.sd.load_diffusion_model_state_dict(dense)
+    assert torch.equal(sample(model), sample(reference))
+
+
+@pytest.mark.parametrize("qtype", [T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K])
+def test_k_quants_sample_as_the_dequantised_model_does(tmp_path, qtype):
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(depth=4), qtype)
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    assert is_gguf(weight(model))
+    reference = comfy.sd.load_diffusion_model_state_dict(dense)
+    assert torch.equal(sample(model, 1), sample(reference, 1))
+
+
+def test_is_a_stock_patcher_that_counts_quantised_bytes(tmp_path):
+    state_dict = toys.mmdit()
+    path = tmp_path / "m.gguf"
+    toys.write(path, "sd3", state_dict)
+    model = loading.load_diffusion_model(str(path))
+    assert type(model) is comfy.model_patcher.ModelPatcher
+    assert is_gguf(weight(model))
+    data = sum(t.numel() for t in state_dict.values())
+    assert data < model.model_size() < 1.2 * data  # 34/32 bytes an element, and a few floats
+
+
+def test_stock_lora_equals_the_lora_on_the_dequantised_model(tmp_path):
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    reference = comfy.sd.load_diffusion_model_state_dict(dense)
+    plain = sample(model)
+    patched = sample(with_lora(model))
+    assert torch.equal(patched, sample(with_lora(reference)))
+    assert not torch.equal(patched, plain)
+    assert torch.equal(sample(model), plain)  # and nothing of it stays behind
+    assert is_gguf(weight(model))
+
+
+def test_lora_of_the_dynamic_patcher_is_added_to_the_floats(tmp_path):
+    """What the host's dynamic VRAM does on a GPU: it sets `weight_lowvram_function`."""
+    toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    patched = with_lora(model)
+    key = f"diffusion_model.{QKV}.weight"
+    module = comfy.utils.get_attr(model.model.diffusion_model, QKV)
+    x = torch.randn(2, 128)
+    plain = module(x)
+    module.weight_lowvram_function = comfy.model_patcher.LowVramPatch(key, patched.patches)
+    a, b = lora().values()
+    assert module.weight_lowvram_function is None  # the host must not requantise
+    torch.testing.assert_close(module(x), plain + x @ b.T @ a.T, rtol=1e-4, atol=1e-5)
+
+
+def test_models_merge_by_the_stock_way(tmp_path):
+    dense = [toys.write(tmp_path / f"{seed}.gguf", "sd3", toys.mmdit(seed=seed)) for seed in (0, 1)]
+    models = [loading.load_diffusion_model(str(tmp_path / f"{seed}.gguf")) for seed in (0, 1)]
+    references = [comfy.sd.load_diffusion_model_state_dict(d) for d in dense]
+    assert torch.equal(sample(merge(*models)), sample(merge(*references)))
+
+
+def merge(first, second):
+    """As `ModelMergeSimple` does."""
+    merged = first.clone()
+    for key, patch in second.get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: patch}, 0.25, 0.75)
+    return merged
+
+
+def test_convolutions_stay_quantised():
+    conv = gguf_ops("toy").Conv2d(8, 32, 2, padding=1)
+    blocks, qtype, _ = toys.quantised(torch.randn(32, 32), T.Q8_0)
+    conv.load_state_dict({"weight": wrap(blocks, qtype, (32, 8, 2, 2)), "bias": torch.zeros(32)})
+    x = torch.randn(1, 8, 5, 5)
+    exact = wrap(blocks, qtype, (32, 8, 2, 2), torch.float32).dequantize()
+    assert is_gguf(conv.weight)
+    assert torch.equal(conv(x), torch.nn.functional.conv2d(x, exact, torch.zeros(32), padding=1))
+
+
+def test_embedding_dequantises_only_the_rows_asked_for(monkeypatch):
+    seen = []
+    real = ops.dequantize_rows
+
+    def spy(blocks, qtype, length, rows, dtype):
+        seen.append(rows.numel())
+        return real(blocks, qtype, length, rows, dtype)
+
+    monkeypatch.setattr(ops, "dequantize_rows", spy)
+    table = gguf_ops("toy").Embedding(1000, 64)
+    blocks, qtype, shape = toys.quantised(torch.randn(1000, 64), T.Q8_0)
+    table.load_state_dict({"weight": wrap(blocks, qtype, shape)})
+    tokens = torch.tensor([[3, 999, 3], [0, 1, 2]])
+    exact = wrap(blocks, qtype, shape, torch.float32).dequantize()
+    assert torch.equal(table(tokens, out_dtype=torch.float32), exact[tokens])
+    assert seen == [6]
+
+
+def test_loads_text_encoder_with_its_sizes_from_the_metadata(tmp_path):
+    sizes = {f"fewstep.text_encoder.{k}": v for k, v in toys.CLIP_SIZES.items()}
+    dense = toys.write(tmp_path / "l.gguf", "clip", toys.clip_l(), metadata=sizes)
+    clip = loading.load_text_encoders([str(tmp_path / "l.gguf")])
+    tokens = clip.tokenize("a red circle")
+    cond, pooled = clip.encode_from_tokens(tokens, return_pooled=True)
+    assert cond.shape == (1, 77, 4096) and pooled.shape == (1, 64 + 1280)
+    options = {"model_config": dict(toys.CLIP_SIZES), "dtype": torch.float32}
+    reference = comfy.sd.load_text_encoder_state_dicts(
+        [dense], clip_type=comfy.sd.CLIPType.SD3, model_options=options
+    )
+    assert torch.equal(cond, reference.encode_from_tokens(tokens))
+
+
+def test_weight_with_nan_is_named(tmp_path):
+    state_dict = toys.mmdit()
+    path = tmp_path / "nan.gguf"
+    state_dict[QKV + ".weight"][5, 7] = float("nan")
+    toys.write(path, "sd3", state_dict, T.F16)
+    model = loading.load_diffusion_model(str(path))
+    with pytest.raises(ValueError, match=rf"nan\.gguf: tensor {QKV}\.weight holds NaN"):
+        sample(model, 1)
+
+
+def test_small_tensor_with_nan_is_named_while_loading(tmp_path):
+    state_dict = toys.mmdit()
+    state_dict[QKV + ".bias"][5] = float("inf")
+    toys.write(tmp_path / "inf.gguf", "sd3", state_dict)
+    with pytest.raises(ValueError, match=rf"inf\.gguf: tensor {QKV}\.bias holds NaN or infinity"):
+        loading.load_diffusion_model(str(tmp_path / "inf.gguf"))
+
+
+def test_wrong_shape_is_named(tmp_path):
+    state_dict = toys.mmdit()
+    state_dict[QKV + ".weight"] = torch.zeros(384, 64)
+    toys.write(tmp_path / "m.gguf", "sd3", state_dict)
+    with pytest.raises(ValueError, match=rf"m\.gguf.*{QKV}\.weight has shape \(384, 64\)"):
+        loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+
+
+LOADERS = {
+    "diffusion model": loading.load_diffusion_model,
+    "text encoder": lambda path: loading.load_text_encoders([path]),
+    "VAE": loading.load_vae,
+}
+
+
+@pytest.mark.parametrize("wanted", LOADERS)
+@pytest.mark.parametrize("kind", LOADERS)
+def test_file_in_the_wrong_loader_is_told_the_right_one(tmp_path, kind, wanted):
+    if kind == wanted:
+        return
+    model = {
+        "diffusion model": toys.mmdit,
+        "text encoder": toys.clip_l,
+        "VAE": lambda: {"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)},
+    }[kind]()
+    toys.write(tmp_path / "f.gguf", "x", model)
+    with pytest.raises(ValueError, match=rf"f\.gguf holds a {kind}, not a {wanted}: load it with"):
+        LOADERS[wanted](str(tmp_path / "f.gguf"))
+
+
+def test_diffusers_names_and_unknown_files_get_a_remedy(tmp_path):
+    toys.write(tmp_path / "d.gguf", "sd3", {"transformer_blocks.0.attn.to_q.weight": torch.eye(32)})
+    with pytest.raises(ValueError, match=r"diffusers' names.*original checkpoint"):
+        loading.load_diffusion_model(str(tmp_path / "d.gguf"))
+    toys.write(tmp_path / "u.gguf", "riddle", {"some.weight": torch.eye(32)})
+    with pytest.raises(ValueError, match=r"u\.gguf: this.*'riddle', first tensors some\.weight"):
+        loading.load_diffusion_model(str(tmp_path / "u.gguf"))
+
+
+def test_pickles_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "m.ckpt")
+    with pytest.raises(ValueError, match="pickle"):
+        loading.load_diffusion_model(str(tmp_path / "m.ckpt"))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_saving_writes_the_floats_with_the_lora(tmp_path, loaded):
+    """As `ModelSave` does; before the model is loaded the host takes another way."""
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    names = {f"model.diffusion_model.{name}": tensor for name, tensor in dense.items()}
+    model = with_lora(loading.load_diffusion_model(str(tmp_path / "m.gguf")))
+    if loaded:
+        comfy.sd.save_checkpoint(str(tmp_path / "s.safetensors"), model)
+    else:
+        saved = model.state_dict_for_saving()
+        save_file(saved, tmp_path / "s.safetensors")
+    a, b = lora().values()
+    names[f"model.diffusion_model.{QKV}.weight"] += a @ b
+    saved = load_file(tmp_path / "s.safetensors")
+    assert saved.keys() == names.keys()
+    for name, tensor in names.items():
+        torch.testing.assert_close(saved[name].float(), tensor, rtol=2**-8, atol=1e-6)
