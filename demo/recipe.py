@@ -1,0 +1,87 @@
+"""The training recipe of the model that ships: scenes in, two networks' checkpoints out.
+
+Three stages, each resumable on its own: the VAE's decoder, its encoder, and the flow model with its
+text encoder. None waits for another, since the latents that bind them are a closed form.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..distill.loop import Budget, load_checkpoint, train
+from ..distill.teacher import FlowModel, TeacherConfig, TeacherTask
+from ..host import modules
+from .captions import KINDS, VOCABULARY, draw_captions, spoken
+from .latents import LatentCode, fit_latent_code
+from .scenes import draw
+from .vae import DECODER_GAIN, VAETask
+
+# Share of a budget in minutes, and samples per sample of the flow model's, that each stage gets.
+STAGES = {"decoder": (0.11, 0.05), "encoder": (0.04, 0.02), "teacher": (0.85, 1.0)}
+
+
+def vocabulary() -> set[int]:
+    """The CLIP token ids of every word that a caption may hold."""
+    return {token for word in VOCABULARY for token in modules.token_ids(word)}
+
+
+def training_batch(code: LatentCode, batch: int, index: int) -> tuple[Tensor, Tensor]:
+    """Batch number `index`: latents (batch, 16, 16, 16) and token ids (batch, 77)."""
+    rng = np.random.default_rng((7, index))
+    captions = draw_captions(rng, batch, KINDS)
+    tokens = torch.tensor([modules.tokenize(spoken(caption, rng)) for caption in captions])
+    return code.encode(draw(captions, rng)), tokens
+
+
+def stage_task(stage: str, device: str = "cpu", config: TeacherConfig | None = None):
+    """The task of one of STAGES for `distill.loop.train`, with fresh weights."""
+    code = fit_latent_code()
+    torch.manual_seed(0)
+    if stage == "teacher":
+        config = config or TeacherConfig()
+        data = partial(training_batch, code, config.batch)
+        return TeacherTask(config, vocabulary(), data, device)
+    network = modules.build_taesd(DECODER_GAIN).get_submodule(f"taesd_{stage}")
+    return VAETask(stage, network, code, device=device)
+
+
+def train_stages(
+    folder: Path,
+    stages: Iterable[str],
+    minutes: float | None = None,
+    samples: int | None = None,
+    device: str = "cpu",
+    config: TeacherConfig | None = None,
+) -> None:
+    """Train stages to the end of their share of the budget; what `folder` holds is gone on from."""
+    stages = tuple(stages)
+    whole = sum(STAGES[stage][0] for stage in stages)
+    for stage in stages:
+        by_time, by_samples = STAGES[stage]
+        if minutes is not None:
+            budget = Budget(minutes=minutes * by_time / whole)
+        else:
+            budget = Budget(samples=int(samples * by_samples))
+        train(stage_task(stage, device, config), folder / f"{stage}.pt", budget)
+
+
+def load_flow_model(path: Path, config: TeacherConfig | None = None) -> FlowModel:
+    """The averaged weights of a teacher's checkpoint, for sampling and export."""
+    model = FlowModel(config or TeacherConfig(), vocabulary())
+    model.load_state_dict(load_checkpoint(path)["task"]["ema"])
+    return model.eval().requires_grad_(False)
+
+
+def load_vae(folder: Path) -> torch.nn.Module:
+    """The TAESD whose halves `folder` holds; a half not trained yet keeps its first weights."""
+    vae = modules.build_taesd(DECODER_GAIN)
+    for half in ("decoder", "encoder"):
+        path = folder / f"{half}.pt"
+        if path.exists():
+            network = load_checkpoint(path)["task"]["network"]
+            vae.get_submodule(f"taesd_{half}").load_state_dict(network)
+    return vae.eval().requires_grad_(False)

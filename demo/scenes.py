@@ -1,0 +1,132 @@
+"""Draw the picture that a caption names: flat colours, anti-aliased edges, random place and size.
+
+Every shape is a signed distance in its own units (negative inside, 1 = the object's radius), and
+the coverage of a pixel is `0.5 - distance in pixels`; only the window around an object is computed.
+Objects are placed in disjoint boxes: they can neither overlap nor leave the picture.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .captions import PALETTE, Caption
+
+SIZE = 128  # pixels, the side of every picture
+MARGIN = 4  # pixels kept free at the border and between boxes
+
+_FAR, _MID = SIZE - MARGIN, SIZE // 2
+_LOW, _HIGH = _MID - MARGIN // 2, _MID + MARGIN // 2
+_THIRDS = ((MARGIN, 42), (46, 82), (86, _FAR))
+_ALL = (MARGIN, _FAR)
+# Boxes (x0, x1, y0, y1) in pixels; `_flip` mirrors a layout at the diagonal.
+_SINGLE = [[(*_ALL, *_ALL)]]
+_BESIDE = [(MARGIN, _LOW, 36, 92), (_HIGH, _FAR, 36, 92)]
+_HALVES = [(MARGIN, _LOW, *_ALL), (_HIGH, _FAR, *_ALL)]
+_ROW = [(*third, *_ALL) for third in _THIRDS]
+_ONE_TWO = [(*_ALL, MARGIN, _LOW), (MARGIN, _LOW, _HIGH, _FAR), (_HIGH, _FAR, _HIGH, _FAR)]
+_TWO_ONE = [(*_ALL, _HIGH, _FAR), (MARGIN, _LOW, MARGIN, _LOW), (_HIGH, _FAR, MARGIN, _LOW)]
+_RADII = {"single": (22, 46), "pair": (16, 26), 2: (16, 26), 3: (14, 20)}
+
+
+def _flip(layout):
+    return [(y0, y1, x0, x1) for x0, x1, y0, y1 in layout]
+
+
+_COUNTED = {
+    2: [_HALVES, _flip(_HALVES)],
+    3: [_ROW, _flip(_ROW), _ONE_TWO, _TWO_ONE, _flip(_ONE_TWO), _flip(_TWO_ONE)],
+}
+
+
+def place(caption: Caption, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centre x, centre y and radius in pixels of each of a caption's objects."""
+    if caption.kind == "single":
+        layouts, radii = _SINGLE, _RADII["single"]
+    elif caption.kind == "pair":
+        layout = _BESIDE if caption.relation in ("left of", "right of") else _flip(_BESIDE)
+        first = 1 if caption.relation in ("left of", "above") else -1
+        layouts, radii = [layout[::first]], _RADII["pair"]
+    else:
+        layouts, radii = _COUNTED[len(caption.objects)], _RADII[len(caption.objects)]
+    placed = []
+    for x0, x1, y0, y1 in layouts[rng.integers(len(layouts))]:
+        radius = rng.uniform(radii[0], min(radii[1], (x1 - x0) / 2, (y1 - y0) / 2))
+        x, y = rng.uniform(x0 + radius, x1 - radius), rng.uniform(y0 + radius, y1 - radius)
+        placed.append((float(x), float(y), float(radius)))
+    return placed
+
+
+def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 1
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs(np.hypot(x, y) - 0.775) - 0.225
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(x), np.abs(y)) - 0.88
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = np.abs(x), np.abs(y)
+    return np.maximum(np.maximum(x, y) - 0.95, np.minimum(x, y) - 0.32)
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # Apex (0, -0.95), base from (-0.98, 0.75) to (0.98, 0.75): all but equilateral, pointing up.
+    nx, ny = 1.70 / math.hypot(1.70, 0.98), -0.98 / math.hypot(1.70, 0.98)
+    return np.maximum(np.abs(x) * nx + (y + 0.95) * ny, y - 0.75)
+
+
+def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # Five points, one up. Source: Inigo Quilez, sdStar5: two reflections fold the plane into the
+    # tenth between a tip and the notch beside it, where the outline is one straight line.
+    cos, sin = math.cos(math.pi / 5), math.sin(math.pi / 5)
+    x, y = np.abs(x), -y
+    fold = 2 * np.maximum(cos * x - sin * y, 0)
+    x, y = x - cos * fold, y + sin * fold
+    fold = 2 * np.maximum(-cos * x - sin * y, 0)
+    x, y = np.abs(x + cos * fold), y + sin * fold
+    notch_x, notch_y = 0.45 * sin, 0.45 * cos
+    length = math.hypot(notch_x, 1 - notch_y)
+    return x * ((1 - notch_y) / length) + (y - 1) * (notch_x / length)
+
+
+DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
+}
+
+
+def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Share inside the shape of pixels whose centres lie (x, y) pixels from its own: in [0, 1]."""
+    return np.clip(0.5 - DISTANCES[shape](x / radius, y / radius) * radius, 0, 1)
+
+
+def _draw_into(picture: np.ndarray, caption: Caption, rng: np.random.Generator) -> None:
+    ground = np.float32(PALETTE[caption.background])[:, None, None] / 255
+    picture[:] = ground
+    for (colour, shape), (x, y, radius) in zip(caption.objects, place(caption, rng), strict=True):
+        reach = radius + 1
+        columns = np.arange(max(int(x - reach), 0), min(int(x + reach) + 1, SIZE))
+        rows = np.arange(max(int(y - reach), 0), min(int(y + reach) + 1, SIZE))
+        dx, dy = np.float32(columns + 0.5 - x), np.float32(rows + 0.5 - y)
+        cover = coverage(shape, dx[None, :], dy[:, None], radius)
+        window = picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        window += cover * (np.float32(PALETTE[colour])[:, None, None] / 255 - ground)
+
+
+def draw(captions: Sequence[Caption], rng: np.random.Generator) -> Tensor:
+    """Pictures (n, 3, 128, 128) float32 in [0, 1] of the captions, objects placed at random."""
+    pictures = np.empty((len(captions), 3, SIZE, SIZE), np.float32)
+    for picture, caption in zip(pictures, captions, strict=True):
+        _draw_into(picture, caption, rng)
+    return torch.from_numpy(pictures.clip(0, 1, out=pictures))

@@ -1,0 +1,116 @@
+"""The training loop that every trainer here shares: budget, checkpoints, resuming, the log.
+
+A task draws all its randomness from the number of the step, so that a checkpoint needs no state of
+random generators: killed at any point and run again, it goes on to bit-identical weights (on one
+machine, with a budget in samples; one in minutes depends on the machine's speed).
+"""
+
+import logging
+import math
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """What the loop trains: `step` does one whole update; the state holds all that it changes."""
+
+    name: str
+    batch: int
+
+    def step(self, index: int, progress: float) -> Tensor:
+        """Update number `index` at `progress` in [0, 1] of the budget; the loss, detached."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer finite. The last good checkpoint is untouched."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to train: minutes of wall clock (pauses not counted), or samples; just one."""
+
+    minutes: float | None = None
+    samples: int | None = None
+
+    def __post_init__(self):
+        if (self.minutes is None) == (self.samples is None):
+            raise ValueError("a budget is either minutes or samples: give just one of the two")
+
+    def progress(self, done: "Done") -> float:
+        """The share used up, 1 when training is over."""
+        if self.minutes is not None:
+            return min(done.seconds / (60 * self.minutes), 1.0)
+        return min(done.samples / self.samples, 1.0)
+
+
+@dataclass
+class Done:
+    """How far a training has come."""
+
+    steps: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+
+
+def save_atomically(state: dict, path: Path) -> None:
+    """Write a checkpoint beside its place, then rename it there: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """A checkpoint of ours; tensors and plain values only, nothing in it is executed."""
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def train(task: Task, path: Path, budget: Budget, save_seconds: float = 180.0) -> Done:
+    """Train until the budget is used up, going on from the checkpoint at `path` if there is one.
+
+    Raises TrainingDiverged, naming the step, as soon as a loss is not finite.
+    """
+    done = Done()
+    if path.exists():
+        state = load_checkpoint(path)
+        task.load_state_dict(state["task"])
+        done = Done(**state["done"])
+        log.info("%s: going on at step %d from %s", task.name, done.steps, path)
+    start, saved, losses = time.monotonic() - done.seconds, done.seconds, []
+    while budget.progress(done) < 1:
+        losses.append(task.step(done.steps, budget.progress(done)).float().cpu())
+        if not math.isfinite(losses[-1]):
+            raise TrainingDiverged(
+                f"{task.name}: loss {losses[-1]} at step {done.steps}; the last good state is kept "
+                f"in {path}: lower the learning rate and run the same command again"
+            )
+        done.steps, done.samples = done.steps + 1, done.samples + task.batch
+        done.seconds = time.monotonic() - start
+        if done.steps % 50 == 0:
+            mean = torch.stack(losses).mean()
+            rate = done.samples / done.seconds
+            log.info("%s: step %d loss %.4f %.1f/s", task.name, done.steps, mean, rate)
+            losses.clear()
+        if done.seconds - saved > save_seconds or budget.progress(done) >= 1:
+            save_atomically({"task": task.state_dict(), "done": asdict(done)}, path)
+            saved = done.seconds
+    return done
