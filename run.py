@@ -125,7 +125,8 @@ def demo(options):
     comfyui = set_up()
     device = [] if has_gpu() else ["--cpu"]
     say(f"Starting ComfyUI ({'CPU' if device else 'GPU'}) …")
-    with Host(comfyui, HOST / "base", arguments=device) as host:
+    output = HOST / "base" / "output" if options.keep_open else None
+    with Host(comfyui, HOST / "base", arguments=device, output=output) as host:
         host.require_nodes({node["class_type"] for node in workflow.values()})
         taken = set()
         for graph in graphs:
@@ -142,7 +143,7 @@ def demo(options):
 
 def wait_for_ctrl_c(host):
     say(f"ComfyUI with the demo workflow: {host.url}/?template=demo&source=fewstep")
-    say(f"It saves pictures in {host.base / 'output'}. Stop it with Ctrl-C.")
+    say(f"Pictures that you draw there are saved in {host.output}. Stop it with Ctrl-C.")
     with contextlib.suppress(KeyboardInterrupt):
         host.process.wait()
         raise Failure(f"ComfyUI stopped by itself.\n{host.log_tail()}")
@@ -388,18 +389,20 @@ def say(line):
 class Host:
     """A ComfyUI with our pack on a free loopback port, from `with` to the end of its block.
 
-    `base` holds its models, custom_nodes and settings. Pictures, temporary files and the log lie in
-    a folder of this run, so that two hosts may share a base.
+    `base` holds its models, custom_nodes and settings. Temporary files, the log and, unless
+    `output` names a folder, the pictures lie in a folder of this run: two hosts may share a base.
     """
 
-    def __init__(self, comfyui, base, python=PYTHON, arguments=()):
+    def __init__(self, comfyui, base, python=PYTHON, arguments=(), output=None):
         self.comfyui, self.base, self.python, self.arguments = comfyui, base, python, arguments
+        self.output = output
         self.process = self.url = None
 
     def __enter__(self):
         link_pack(self.base)
         self.scratch = Path(tempfile.mkdtemp(prefix="fewstep-run-"))
         self.log = self.scratch / "comfyui.log"
+        self.output = self.output or self.scratch / "output"
         try:
             for _ in range(3):  # another program may take the free port before ComfyUI does
                 self.start(free_port())
@@ -412,14 +415,14 @@ class Host:
 
     def __exit__(self, kind, *_):
         self.stop()
-        if kind is None:
+        if kind is None or not issubclass(kind, Exception):  # a Failure names the log; keep it
             shutil.rmtree(self.scratch, ignore_errors=True)
 
     def start(self, port):
         self.url = f"http://127.0.0.1:{port}"
         launcher = ROOT / "tests" / "comfy_host.py"
         settings = f"--listen 127.0.0.1 --port {port} --disable-api-nodes --disable-auto-launch"
-        folders = ["--base-directory", self.base, "--output-directory", self.scratch / "output"]
+        folders = ["--base-directory", self.base, "--output-directory", self.output]
         folders += ["--temp-directory", self.scratch, "--database-url", "sqlite:///:memory:"]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(

@@ -1,0 +1,50 @@
+"""ComfyUI's real page in a real Chromium, without a window, driven by Playwright."""
+
+import contextlib
+import shutil
+
+from playwright.sync_api import sync_playwright
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+REMEDY = (
+    "apt install chromium (Debian), brew install --cask chromium (macOS),"
+    " winget install Hibbiki.Chromium (Windows)"
+)
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-quic",
+    "--disable-sync",
+    "--no-first-run",
+]
+SETTINGS = {"Comfy.TutorialCompleted": True}  # else the page opens its tour over the graph
+
+
+def find():
+    """Path of the machine's Chromium or Chrome, or None."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+@contextlib.contextmanager
+def window(host, profile):
+    """A browser on a fresh profile, big enough to judge a screenshot: a Playwright context."""
+    host.post("/settings", SETTINGS)
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            profile,
+            executable_path=find(),
+            args=FLAGS,
+            viewport={"width": 1600, "height": 1000},
+        )
+        with context:
+            yield context
+
+
+def open_page(context, host, query=""):
+    """ComfyUI's page in a new tab, its graph ready."""
+    page = context.new_page()
+    page.goto(host.url + query)
+    page.wait_for_function("window.app?.vueAppReady && window.app.isGraphReady")
+    return page
