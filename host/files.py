@@ -33,7 +33,7 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict]:
 
     Raises: GGUFError for a damaged GGUF file; ValueError for any other kind of file.
     """
-    if not path.lower().endswith(SAFE):
+    if not path.endswith(SAFE):
         return read_gguf(path)
     state_dict, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
     return state_dict, metadata or {}

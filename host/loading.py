@@ -9,7 +9,7 @@ import torch
 
 from ..flow import preset_from_metadata
 from ..quant import dequantize
-from .files import adopt_fp8, is_diffusion_model, read, rename_text_encoder, wrong_kind
+from .files import SAFE, adopt_fp8, is_diffusion_model, read, rename_text_encoder, wrong_kind
 from .layout import is_gguf
 from .ops import gguf_ops
 
@@ -29,7 +29,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False):
     if not is_diffusion_model(state_dict):
         raise wrong_kind(path, state_dict, metadata, "diffusion model")
     preset = _preset(path, metadata)
-    options = {"custom_operations": gguf_ops(path)} if _has_gguf(state_dict) else {}
+    options = {} if path.endswith(SAFE) else {"custom_operations": gguf_ops(path)}
     text_metadata = {k: v for k, v in metadata.items() if isinstance(v, str)}
     log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
     model = comfy.sd.load_diffusion_model_state_dict(
@@ -62,7 +62,7 @@ def load_text_encoders(
         log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
         options.update(_encoder_config(state_dict, metadata))
         state_dicts.append(state_dict)
-    if any(map(_has_gguf, state_dicts)):
+    if not all(path.endswith(SAFE) for path in paths):
         for path, state_dict in zip(paths, state_dicts, strict=True):
             adopt_fp8(path, state_dict)
         options["custom_operations"] = gguf_ops(", ".join(map(os.path.basename, paths)))
@@ -113,10 +113,6 @@ def _preset(path, metadata):
         return preset_from_metadata(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _has_gguf(state_dict) -> bool:
-    return any(map(is_gguf, state_dict.values()))
 
 
 def _dense(tensor):

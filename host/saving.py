@@ -1,8 +1,8 @@
 """What stands for a quantised weight in a state dict, so that the host's save nodes write floats.
 
 safetensors copies `numel * itemsize` bytes from a tensor's address: given blocks, it would read on
-past their end. The host has the same trouble with weights whose patches are still to be applied, and
-solves it with parameters on a made-up device, which safetensors moves to the CPU one by one
+past their end. The host has the same trouble with weights whose patches are still to be applied,
+and solves it with parameters on a made-up device, which safetensors moves to the CPU one by one
 (`comfy.model_patcher.LazyCastingParam`). This is the same for blocks.
 """
 
@@ -36,9 +36,9 @@ class SavedWeight(torch.Tensor):
         return self.module.weight.nbytes
 
     def to(self, *_args, **_kwargs):
-        weight, bias, stream = self.module.cast(self.dtype, torch.device("cpu"))
+        weight, bias, stream = self.module.cast(torch.float32, torch.device("cpu"))
         self.module.uncast(weight, bias, stream)
-        return weight.contiguous()
+        return weight.to(self.dtype)
 
     def detach(self):
         return self

@@ -8,14 +8,17 @@ from fewstep.quant import dequantize, write_gguf
 from gguf import GGMLQuantizationType as T
 from gguf import quants
 
-PLAIN = (T.F32, T.F16, T.BF16)
+PLAIN = {T.F32: torch.float32, T.F16: torch.float16, T.BF16: torch.bfloat16}
 
 
 def random_state_dict(module, seed=0, scale=0.05):
-    """The module's names and shapes with normal values."""
+    """The module's names and shapes with normal values (that float16 holds, as the host may)."""
     g = torch.Generator().manual_seed(seed)
     shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    return {name: torch.randn(shape, generator=g) * scale for name, shape in shapes.items()}
+    return {
+        name: (torch.randn(shape, generator=g) * scale).half().float()
+        for name, shape in shapes.items()
+    }
 
 
 def mmdit(depth=2, seed=0):
@@ -92,7 +95,10 @@ def write(path, architecture, state_dict, qtype=T.Q8_0, metadata=None, pick=None
     tensors, dense = [], {}
     for name, tensor in state_dict.items():
         dense[name] = tensor
-        if pick(name, tensor) and tensor.shape[-1] % block == 0 and qtype not in PLAIN:
+        if pick(name, tensor) and qtype in PLAIN:
+            tensor = tensor.to(PLAIN[qtype])
+            dense[name] = tensor.float()
+        elif pick(name, tensor) and tensor.shape[-1] % block == 0:
             make = quantised if qtype in (T.Q8_0, T.Q4_0, T.Q5_1) else random_blocks
             tensor = make(tensor, qtype)
             dense[name] = dequantize(tensor[0], qtype, tensor[2])
