@@ -23,8 +23,13 @@ def random_state_dict(module, seed=0, scale=0.05):
 
 def mmdit(depth=2, seed=0):
     """An SD3 of hidden size 64 * depth that the host detects by itself."""
+    return random_state_dict(mmdit_shapes(depth), seed)
+
+
+def mmdit_shapes(depth, positions=16, dual_blocks=0):
+    """The same without weights: `positions`² position embeddings, SD3.5-Medium's dual attention."""
     config = {"in_features": 4096, "out_features": 64 * depth}
-    model = OpenAISignatureMMDITWrapper(
+    return OpenAISignatureMMDITWrapper(
         input_size=None,
         patch_size=2,
         in_channels=16,
@@ -32,14 +37,14 @@ def mmdit(depth=2, seed=0):
         depth=depth,
         adm_in_channels=2048,
         context_embedder_config={"target": "torch.nn.Linear", "params": config},
-        num_patches=256,
-        pos_embed_max_size=16,
+        num_patches=positions**2,
+        pos_embed_max_size=positions,
+        x_block_self_attn_layers=list(range(dual_blocks)),
         qk_norm="rms",
         device="meta",
         dtype=torch.float32,
         operations=comfy.ops.disable_weight_init,
     )
-    return random_state_dict(model, seed)
 
 
 CLIP_SIZES = {
