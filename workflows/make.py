@@ -1,0 +1,228 @@
+"""Make the workflows of this folder in the real frontend: `.venv/bin/python workflows/make.py`.
+
+A workflow is described here by its columns of nodes. The page itself (build.js) creates, connects
+and measures the nodes and lays the columns out side by side. Each gives two files: NAME.json as the
+page saves it, and api/NAME.json as it exports it for the API.
+"""
+
+import json
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parent))
+
+import run  # noqa: E402
+
+run.load_pack()
+from fewstep.tests import chromium  # noqa: E402
+
+BUILD = (FOLDER / "build.js").read_text(encoding="utf-8")
+
+DEMO = ("fewstep-demo.gguf", ["fewstep-demo-clip-l.gguf"], "fewstep-demo-vae.gguf")
+DEMO_PROMPT = "a red circle on a blue background"
+SD35_ENCODERS = ["clip_l.safetensors", "clip_g.safetensors", "t5-v1_1-xxl-encoder-Q5_K_M.gguf"]
+SD35_VAE = "sd3.5_vae.safetensors"
+SD35_PROMPT = (
+    "A lighthouse on a basalt cliff at dusk, warm light in its windows, a rough sea below, thin "
+    "clouds. Photograph."
+)
+SD35_FILES = """\
+**models/text_encoders**
+- `clip_l.safetensors`, `clip_g.safetensors` from Comfy-Org/stable-diffusion-3.5-fp8
+- `t5-v1_1-xxl-encoder-Q5_K_M.gguf` from city96/t5-v1_1-xxl-encoder-gguf
+
+**models/vae**
+- `sd3.5_vae.safetensors`: the file in `vae/` of stabilityai/stable-diffusion-3.5-medium, renamed
+"""
+
+DEMO_NOTE = """\
+## Nothing to download
+The three files come with FewStep. Press **Run**.
+
+The model draws `a {colour} {shape} on a {colour} background`, two shapes `left of`, `right of`, \
+`above` or `below` each other, and `two` or `three` `{colour} {shape}s`.
+
+**Colours** red, green, blue, yellow, orange, purple, cyan, white, black, gray
+
+**Shapes** circle, square, triangle, star, ring, cross
+
+Steps 0 and CFG 0 mean: as the model's file says.
+"""
+
+SD35_NOTE = f"""\
+## SD3.5 Large Turbo in 4 steps
+**models/diffusion_models**
+- `sd3.5_large_turbo-Q4_0.gguf` from city96/stable-diffusion-3.5-large-turbo-gguf
+
+{SD35_FILES}
+Any other quantisation of these files will do.
+
+**T5 is optional.** Short of memory or time? Set `encoder_3` to *none*: most short prompts come \
+out as well. Lettering and long descriptions want T5.
+"""
+
+LORA_NOTE = f"""\
+## A LoRA on a GGUF model
+The stock LoRA loader works on a quantised model. This LoRA makes SD3.5 Medium draw in 8 steps. \
+The schedule is the LoRA's, not the model's, so `preset` names it.
+
+**models/diffusion_models**
+- `sd3.5_medium-Q6_K.gguf` from city96/stable-diffusion-3.5-medium-gguf
+
+**models/loras**
+- `lora_sd3.5m_turbo_8steps.safetensors` from tensorart/stable-diffusion-3.5-medium-turbo
+
+{SD35_FILES}"""
+
+SCHEDULE_NOTE = """\
+## A schedule by hand
+**FewStep Schedule** and **FewStep Sampler** give stock SIGMAS and SAMPLER for \
+SamplerCustomAdvanced and every node around it.
+
+Type the noise levels into `sigmas`, from 1 (pure noise) down to 0 (the picture). Small steps near \
+1 settle the layout, small steps near 0 the detail. Leave it empty and the preset counts.
+
+The files come with FewStep. Press **Run**.
+"""
+
+
+def node(name, type, inputs=(), size=(270, 0), title=None, **widgets):
+    """One node. `inputs`: {input: "node.OUTPUT"}; `size`: at least so many pixels."""
+    return {
+        "name": name,
+        "type": type,
+        "inputs": dict(inputs),
+        "widgets": widgets,
+        "title": title,
+        "size": size,
+    }
+
+
+def group(title, *nodes):
+    return {"title": title, "nodes": nodes}
+
+
+def note(text, height):
+    return group(None, node("note", "MarkdownNote", size=(380, height), title="Read me", text=text))
+
+
+def load(model, encoders, vae):
+    encoders = {f"encoder_{i}": file for i, file in enumerate(encoders, 1)}
+    return group(
+        "1. Load",
+        node("model", "FewStepLoadDiffusionModel", model_name=model),
+        node("clip", "FewStepLoadTextEncoders", **encoders),
+        node("vae", "FewStepLoadVAE", vae_name=vae),
+    )
+
+
+def describe(prompt, side):
+    encode = {"clip": "clip.CLIP", "model": "model.MODEL"}
+    return group(
+        "2. Say what to draw",
+        node("text", "FewStepTextEncode", encode, (320, 240), text=prompt),
+        node("size", "EmptySD3LatentImage", title="Size", **{"width": side, "height": side}),
+    )
+
+
+def draw(model="model.MODEL", **widgets):
+    inputs = {"model": model, "positive": "text.CONDITIONING", "latent": "size.LATENT"}
+    return group("3. Draw", node("draw", "FewStepSample", inputs, seed=1, **widgets))
+
+
+def decode(latent):
+    return group(None, node("decode", "VAEDecode", {"samples": latent, "vae": "vae.VAE"}, (140, 0)))
+
+
+def save(prefix):
+    return group(
+        "4. The picture",
+        node("save", "SaveImage", {"images": "decode.IMAGE"}, (300, 340), filename_prefix=prefix),
+    )
+
+
+LORA = node(
+    "lora",
+    "LoraLoaderModelOnly",
+    {"model": "model.MODEL"},
+    lora_name="lora_sd3.5m_turbo_8steps.safetensors",
+)
+PARTS = [
+    node("noise", "RandomNoise", noise_seed=1),
+    node("guider", "BasicGuider", {"model": "model.MODEL", "conditioning": "text.CONDITIONING"}),
+    node("rule", "FewStepSampler", {"model": "model.MODEL"}, rule="euler"),
+    node(
+        "schedule",
+        "FewStepSchedule",
+        {"model": "model.MODEL"},
+        sigmas="1, 0.95, 0.9, 0.83, 0.75, 0.64, 0.5, 0.3, 0",
+    ),
+]
+SAMPLE_INPUTS = {
+    "noise": "noise.NOISE",
+    "guider": "guider.GUIDER",
+    "sampler": "rule.SAMPLER",
+    "sigmas": "schedule.SIGMAS",
+    "latent_image": "size.LATENT",
+}
+
+# name -> columns from left to right, each a list of groups from the top down
+WORKFLOWS = {
+    "demo": [
+        [note(DEMO_NOTE, 330)],
+        [load(*DEMO)],
+        [describe(DEMO_PROMPT, 128)],
+        [draw()],
+        [decode("draw.LATENT")],
+        [save("FewStep")],
+    ],
+    "sd35_few_step": [
+        [note(SD35_NOTE, 480)],
+        [load("sd3.5_large_turbo-Q4_0.gguf", SD35_ENCODERS, SD35_VAE)],
+        [describe(SD35_PROMPT, 1024)],
+        [draw(preset="sd3.5-large-turbo")],
+        [decode("draw.LATENT")],
+        [save("FewStep-SD3.5")],
+    ],
+    "lora_on_gguf": [
+        [note(LORA_NOTE, 520)],
+        [load("sd3.5_medium-Q6_K.gguf", SD35_ENCODERS, SD35_VAE)],
+        [group("The stock LoRA loader", LORA), describe(SD35_PROMPT, 1024)],
+        [draw("lora.MODEL", preset="sd3.5-medium-turbo")],
+        [decode("draw.LATENT")],
+        [save("FewStep-LoRA")],
+    ],
+    "schedule_by_hand": [
+        [note(SCHEDULE_NOTE, 330)],
+        [load(*DEMO)],
+        [describe(DEMO_PROMPT, 128)],
+        [group("3. Noise, guidance, step rule, schedule", *PARTS)],
+        [group("4. Draw", node("draw", "SamplerCustomAdvanced", SAMPLE_INPUTS, (220, 0)))],
+        [decode("draw.output")],
+        [save("FewStep-schedule")],
+    ],
+}
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        host = run.Host(run.comfyui_folder(), Path(folder, "base"), sys.executable, ["--cpu"])
+        with host, chromium.window(host, Path(folder, "profile")) as window:
+            page = chromium.open_page(window, host)
+            for name, columns in WORKFLOWS.items():
+                saved, exported = page.evaluate(BUILD, columns)
+                saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.fewstep"))
+                write(FOLDER / f"{name}.json", saved)
+                write(FOLDER / "api" / f"{name}.json", exported)
+
+
+def write(path, content):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path.relative_to(FOLDER))
+
+
+if __name__ == "__main__":
+    main()
