@@ -17,11 +17,13 @@ def half(blocks: Tensor, start: int) -> Tensor:
 
 def words(blocks: Tensor, start: int, count: int, dtype: torch.dtype) -> Tensor:
     """(n, count) `dtype`: `count` little-endian words from byte `start` on, of any alignment."""
-    return blocks[:, start : start + count * dtype.itemsize].contiguous().view(dtype)
+    piece = blocks[:, start : start + count * dtype.itemsize]
+    return piece.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
 def planes(x: Tensor, bits: int, dim: int = -1) -> Tensor:
     """Split each byte into its 8/bits fields, lowest first, along a new axis `dim`."""
+    x = x.contiguous()  # one slow loop over short rows, not one for each shift
     if bits == 4:  # a mask or a shift alone already isolates a nibble
         return torch.stack((x & 0x0F, x >> 4), dim)
     mask = (1 << bits) - 1

@@ -1,9 +1,9 @@
 """From blocks to floats: tiles that stay in cache, float32 inside, one rounding at the end.
 
-An eager torch formula makes several passes over its data. On a large weight each pass would go
-through main memory, so blocks are taken in tiles that fit the second-level cache; a tile's result
-is cast while it is copied to its place. Under torch.compile, which fuses the passes itself, and on
-other devices, where a launch costs more than a pass, the tile is the whole or a large part.
+An eager torch formula makes a dozen passes over its data. On a large weight each would go through
+main memory, so a CPU takes the blocks in tiles that stay in its last cache and are yet long enough
+to hide what starting an operation costs; a tile is cast while it is copied to its place. Other
+devices take larger tiles, which bound the memory, and torch.compile, which fuses the passes, all.
 """
 
 import math
@@ -16,13 +16,8 @@ from torch import Tensor
 from .errors import GGUFError
 from .types import PLAIN_TYPES, QTYPES, find_type
 
-_CPU_TILE = 2**16  # weights for each thread: 256 KiB of float32
-_DEVICE_TILE = 2**24  # weights: 64 MiB of float32, enough to hide a launch
-
-
-def _tile(device: torch.device) -> int:
-    """Weights to unpack at a time."""
-    return _CPU_TILE * torch.get_num_threads() if device.type == "cpu" else _DEVICE_TILE
+_CPU_TILE = 2**19  # weights: 2 MiB of float32; best of 2**14 … 2**24 for K-quants on one core
+_DEVICE_TILE = 2**24  # weights: 64 MiB of float32
 
 
 def dequantize(
@@ -84,7 +79,7 @@ def _unpack(blocks: Tensor, qtype: GGMLQuantizationType, out: Tensor) -> None:
     if torch.compiler.is_compiling():
         flat.copy_(row.dequantize_blocks(blocks))
         return
-    step = max(1, _tile(blocks.device) // row.block_size)
+    step = (_CPU_TILE if blocks.is_cpu else _DEVICE_TILE) // row.block_size
     for start in range(0, len(blocks), step):
         flat[start : start + step] = row.dequantize_blocks(blocks[start : start + step])
 

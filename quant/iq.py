@@ -82,7 +82,7 @@ def dequantize_iq3_s(blocks: Tensor) -> Tensor:
 
     d: f16 | qs: 64 bytes | qh: 8 bytes of index tops | signs: 32 bytes | scales: 4 bytes
     """
-    high = planes(blocks[:, 66:74], 1).flatten(1).int()
+    high = tables.look_up(tables.bits(1, blocks.device), blocks[:, 66:74]).flatten(1).int()
     index = (high << 8).bitwise_or_(blocks[:, 2:66])
     q = tables.look_up(tables.grid("IQ3_S", blocks.device), index)
     signs = tables.look_up(tables.signs(blocks.device), blocks[:, 74:106])
@@ -138,5 +138,5 @@ def dequantize_iq4_xs(blocks: Tensor) -> Tensor:
     high = planes(blocks[:, 2:4], 2).flatten(1)
     low = planes(blocks[:, 4:8], 4).flatten(1)
     sc = (low | (high << 4)).view(torch.int8).sub_(32)
-    q = tables.look_up_nibbles("IQ4_NL", blocks[:, 8:].reshape(-1, 8, 16))
+    q = tables.look_up_nibbles("IQ4_NL", blocks[:, 8:].unflatten(1, (8, 16)))
     return _scaled(half(blocks, 0) * sc.float(), q)

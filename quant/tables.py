@@ -40,19 +40,29 @@ def iq1_grid(device: torch.device) -> Tensor:
     return _pack(torch.cat((rows + 1, rows - 1))).to(device)
 
 
+def _unpacked_bits(count: int) -> Tensor:
+    """(2^count, count): the bits of each number, lowest first."""
+    return torch.arange(2**count).unsqueeze(1) >> torch.arange(count) & 1
+
+
+@cache
+def bits(value: int, device: torch.device) -> Tensor:
+    """(256,) int64: for each byte eight values, `value` where the bit is set and 0 elsewhere."""
+    return _pack(value * _unpacked_bits(8)).to(device)
+
+
 @cache
 def signs(device: torch.device) -> Tensor:
     """(256,) int64: for each byte eight factors, -1 where the bit is set and 1 elsewhere."""
-    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
-    return _pack(1 - 2 * bits).to(device)
+    return _pack(1 - 2 * _unpacked_bits(8)).to(device)
 
 
 @cache
 def even_signs(device: torch.device) -> Tensor:
     """(128,) int64: as `signs`, for seven bits: the eighth makes the count of -1 even (ksigns)."""
-    seven = torch.arange(128).unsqueeze(1) >> torch.arange(7) & 1
-    bits = torch.cat((seven, seven.sum(1, keepdim=True) & 1), 1)
-    return _pack(1 - 2 * bits).to(device)
+    seven = _unpacked_bits(7)
+    eight = torch.cat((seven, seven.sum(1, keepdim=True) & 1), 1)
+    return _pack(1 - 2 * eight).to(device)
 
 
 @cache

@@ -65,7 +65,6 @@ QTYPES: dict[GGMLQuantizationType, QType] = {
         QType(T.TQ1_0, ternary.dequantize_tq1_0, "ternary, five in a byte"),
         QType(T.MXFP4, microscaling.dequantize_mxfp4, "E2M1 floats, power-of-two scale for 32"),
         QType(T.NVFP4, microscaling.dequantize_nvfp4, "E2M1 floats, E4M3 scales for 16"),
-        QType(T.BF16, legacy.dequantize_bf16, "bfloat16, kept as it is"),
     )
 }
 
@@ -114,10 +113,8 @@ def types_markdown() -> str:
     """The table of supported types for the README."""
     lines = ["| Type | Bits per weight | Block | Format |", "|---|---|---|---|"]
     for qtype, row in QTYPES.items():
-        if qtype not in PLAIN_TYPES:
-            lines.append(
-                f"| {qtype.name} | {row.bits_per_weight:.4g} | {row.block_size} | {row.about} |"
-            )
+        sizes = f"{row.bits_per_weight:.4g} | {row.block_size}"
+        lines.append(f"| {qtype.name} | {sizes} | {row.about} |")
     plain = ", ".join(qtype.name for qtype in PLAIN_TYPES)
     lines.append(f"| {plain} | 8–64 | 1 | plain numbers, mapped as they are |")
     return "\n".join(lines)
