@@ -14,6 +14,7 @@ from comfy_kitchen.tensor import get_layout_class
 from ..quant import GGUFError, GGUFFile, dequantize
 from . import names
 from .layout import is_gguf, wrap
+from .tokenizer import sentencepiece_model
 
 SAFE = (".safetensors", ".sft")
 SMALL = 1 << 16  # elements; smaller dense tensors are looked through for NaN while loading
@@ -80,6 +81,10 @@ def rename_text_encoder(path: str, state_dict: dict, metadata: dict) -> dict[str
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor - 1  # llama.cpp stores 1 + w (`GemmaModel`), the host adds 1 itself
         renamed[new] = tensor
+    if architecture.startswith(("t5", "gemma")):
+        model = sentencepiece_model(metadata)
+        if model is not None:
+            renamed["spiece_model"] = model
     return renamed
 
 
