@@ -1,12 +1,13 @@
 """What a user reads on a node: tooltips, units and help pages are there and name what exists."""
 
+from pathlib import Path
+
 import pytest
 from fewstep.flow import PRESETS, T5_MODES
 from fewstep.nodes import sampling, text
-from fewstep.tests.conftest import TESTS
 
 NODES = [*sampling.NODES, *text.NODES]
-DOCS = TESTS.parent / "web" / "docs"
+DOCS = Path(__file__).parents[2] / "web" / "docs"
 
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
