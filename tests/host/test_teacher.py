@@ -1,0 +1,168 @@
+"""The teacher's trainer on ComfyUI's own modules, at toy size."""
+
+from functools import partial
+
+import comfy.sd
+import pytest
+import torch
+from comfy.ldm.modules.attention import attention_pytorch
+from fewstep.demo import evaluate, export, recipe
+from fewstep.demo.latents import fit_latent_code
+from fewstep.demo.vae import DECODER_GAIN
+from fewstep.distill.loop import Budget, load_checkpoint, train
+from fewstep.distill.teacher import END, START, FlowModel, TeacherConfig, TeacherTask
+from fewstep.flow import uniform
+from fewstep.host import loading, modules
+
+TOY = TeacherConfig(depth=1, text_width=32, text_heads=2, batch=4, warmup=2, full_every=3)
+PROMPT = "a red circle on a blue background"
+
+
+@pytest.fixture(scope="module")
+def code():
+    return fit_latent_code(scenes=128)
+
+
+def task(code, config=TOY):
+    data = partial(recipe.training_batch, code, config.batch)
+    return TeacherTask(config, recipe.vocabulary(), data)
+
+
+def random_model(seed=0):
+    """A toy whose zero-initialised layers are filled, so that everything matters."""
+    torch.manual_seed(seed)
+    model = FlowModel(TOY, recipe.vocabulary()).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if not parameter.any() and "embedder" not in name:
+            parameter.normal_(std=0.05)
+    model.text.table[1:].normal_()
+    return model
+
+
+def test_loss_falls(code):
+    training = task(code)
+    losses = [training.step(i, 0.0).item() for i in range(40)]
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+def test_goes_on_to_the_very_same_weights(code, tmp_path):
+    budget = Budget(samples=6 * TOY.batch)
+    whole = task(code)
+    train(whole, tmp_path / "whole.pt", budget)
+    cut = task(code)
+    for i in range(3):
+        cut.step(i, i / 6)
+    done = {"steps": 3, "samples": 3 * TOY.batch, "seconds": 1.0}
+    torch.save({"task": cut.state_dict(), "done": done}, tmp_path / "cut.pt")
+    again = task(code)
+    again.model.mmdit.final_layer.linear.weight.data.normal_()  # a process that knows nothing
+    train(again, tmp_path / "cut.pt", budget)
+    for name, value in whole.state_dict()["model"].items():
+        assert torch.equal(value, again.state_dict()["model"][name]), name
+    for name, value in whole.ema.items():
+        assert torch.equal(value, again.ema[name]), name
+
+
+def test_average_follows_the_weights(code):
+    training = task(code)
+    start = {name: value.clone() for name, value in training.ema.items()}
+    for i in range(4):
+        training.step(i, 0.0)
+    name = "mmdit.joint_blocks.0.x_block.attn.qkv.weight"
+    weight = training.model.state_dict()[name]
+    assert not torch.equal(training.ema[name], start[name])
+    assert (training.ema[name] - weight).norm() < (start[name] - weight).norm()
+
+
+def test_unknown_words_stay_zero(code):
+    training = task(code)
+    for i in range(3):
+        training.step(i, 0.0)
+    assert training.model.text.table[0].abs().max() == 0
+    assert training.model.text.table[1:].abs().min() > 0
+
+
+def test_every_word_of_the_grammar_is_in_the_token_table(code):
+    model = FlowModel(TOY, recipe.vocabulary())
+    _, tokens = recipe.training_batch(code, 64, 0)
+    assert (model.text.rows[tokens] > 0).all()
+    assert (tokens[:, 0] == START).all() and (tokens[:, -1] == END).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_the_hosts(masked):
+    q, k, v = torch.randn(3, 2, 7, 32)
+    mask = torch.full((7, 7), float("-inf")).triu_(1) if masked else None
+    mine = modules.attention(q, k, v, 4, mask=mask)
+    assert torch.allclose(mine, attention_pytorch(q, k, v, 4, mask=mask), atol=1e-5)
+
+
+def test_velocity_equals_the_hosts_on_padded_conditioning():
+    model = random_model()
+    x, context, pooled = torch.randn(2, 16, 16, 16), torch.randn(2, 77, 32), torch.randn(2, 32)
+    sigma = torch.tensor([0.3, 1.0])
+    mine = modules.velocity(model.mmdit, x, sigma, context, pooled)
+    wide = torch.nn.functional.pad(context, (0, 4096 - 32))
+    theirs = model.mmdit(x, 1000 * sigma, wide, torch.nn.functional.pad(pooled, (0, 1280)))
+    assert mine.std() > 0.1
+    assert torch.allclose(mine, theirs, atol=1e-4)
+
+
+def test_short_context_is_the_beginning_of_the_long_one():
+    model = random_model()
+    tokens = torch.tensor([modules.tokenize(PROMPT)])
+    whole, pooled = model.text(tokens)
+    short, same = model.text(tokens[:, :16])
+    assert torch.allclose(whole[:, :16], short, atol=1e-5)
+    assert torch.allclose(pooled, same, atol=1e-5)
+
+
+def test_exported_files_condition_and_predict_as_the_trained_model(tmp_path):
+    model = random_model()
+    vae = modules.build_taesd(DECODER_GAIN).requires_grad_(False)
+    mmdit, text, vae_path = map(str, export.export(model, vae, TOY, tmp_path))
+    clip = loading.load_text_encoders([text])
+    assert clip.tokenize(PROMPT)["l"][0][1][0] == modules.tokenize(PROMPT)[1]
+    context, pooled = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
+    mine, mine_pooled = model.text(torch.tensor([modules.tokenize(PROMPT)]))
+    # 8-bit token table and 16-bit weights: half a percent or so of the values' spread.
+    assert torch.allclose(context[..., :32], mine, atol=0.05)
+    assert torch.allclose(pooled[:, :32], mine_pooled, atol=0.05)
+    assert context.shape[1:] == (77, 4096) and not context[..., 32:].any()
+    host = loading.load_diffusion_model(mmdit)
+    assert type(host.model).__name__ == "SD3"
+    x, sigma = torch.randn(1, 16, 16, 16), torch.tensor([0.7])
+    seen = host.model.diffusion_model(x, 1000 * sigma, context, pooled)
+    known = modules.velocity(model.mmdit, x, sigma, mine, mine_pooled)
+    assert (seen - known).norm() < 0.05 * known.norm()
+    assert isinstance(loading.load_vae(vae_path), comfy.sd.VAE)
+    assert host.get_attachment(loading.PRESET) == export.PRESET
+
+
+def test_host_decodes_model_space_latents(tmp_path):
+    vae = modules.build_taesd(DECODER_GAIN).requires_grad_(False)
+    latents = torch.randn(1, 16, 8, 8)
+    host_space = latents / modules.VAE_SCALE + modules.VAE_SHIFT  # what KSampler hands on
+    pixels = vae.decode(host_space) / 2 + 0.5
+    assert torch.allclose(pixels, vae.taesd_decoder(latents * DECODER_GAIN), atol=1e-4)
+
+
+def test_draws_by_euler_steps_with_and_without_guidance():
+    model = random_model()
+    decoder = modules.build_taesd(DECODER_GAIN).taesd_decoder.requires_grad_(False)
+    plain, guided, again = (
+        evaluate.draw_pictures(model, decoder, [PROMPT] * 2, uniform(2, 2.0), cfg, seed=5)
+        for cfg in (1.0, 3.0, 1.0)
+    )
+    assert plain.shape == (2, 128, 128, 3) and (plain == again).all()
+    assert (plain != guided).any()
+
+
+def test_recipe_runs_every_stage_and_goes_on(tmp_path):
+    for _ in range(2):
+        recipe.train_stages(tmp_path, recipe.STAGES, samples=320, config=TOY)
+    assert load_checkpoint(tmp_path / "teacher.pt")["done"]["samples"] == 320
+    assert load_checkpoint(tmp_path / "decoder.pt")["done"]["samples"] == 16
+    model = recipe.load_flow_model(tmp_path / "teacher.pt", TOY)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    recipe.load_vae(tmp_path)
