@@ -1,5 +1,7 @@
 """The one error that `quant` raises for bad input."""
 
+DAMAGED = "the file is incomplete or damaged: download it again"
+
 
 class GGUFError(ValueError):
     """A GGUF file, block type or tensor that cannot be used.

@@ -5,27 +5,27 @@ tensor infos | padding to `general.alignment`. A field = key | type u32 | value;
 u64 | UTF-8 bytes; an array = element type u32 | count u64 | elements.
 
 gguf-py makes numpy views for each element of each array, which takes many seconds for a tokenizer.
-Here an array is stepped over and remembered by its place; `Metadata` decodes it when asked. Every
-count and length is checked against the bytes that are left before anything is allocated.
+Here an array is stepped over and remembered by its place, to be decoded when asked for. Every count
+and length is checked against the bytes that are left before anything is allocated.
 """
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from mmap import mmap
 from typing import NamedTuple
 
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
-from .errors import GGUFError
+from .errors import DAMAGED, GGUFError
 
 Scalar = int | float | bool | str
 Buffer = bytes | mmap
 
 _VERSIONS = (2, 3)
-_MAX_DIMS = 5  # ggml has four; tools for video models write convolutions with five
+MAX_DIMS = 5  # ggml has four; tools for video models write convolutions with five
 _MAX_NAME = 2**16 - 1  # bytes; gguf.md's bound for keys
-_MAX_STRING = 2**28  # bytes
+MAX_STRING = 2**28  # bytes
 _MAX_STRINGS = 2**24  # in an array; a tokenizer has at most a few 2**18
 _MIN_FIELD = 8 + 4 + 1  # bytes: empty key, type, one byte
 _MIN_TENSOR = 8 + 4 + 4 + 8  # bytes: empty name, no dimensions, type, offset
@@ -45,11 +45,10 @@ _LETTERS = {
     GGUFValueType.BOOL: "?",
 }
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_TYPE_AND_COUNT = struct.Struct("<IQ")
-_COUNTS = struct.Struct("<IQQ")
+_COUNTS, _TYPE_AND_COUNT = struct.Struct("<QQ"), struct.Struct("<IQ")
 _SCALARS = {int(kind): struct.Struct("<" + letter) for kind, letter in _LETTERS.items()}
-_DTYPES = {int(kind): np.dtype("<" + letter) for kind, letter in _LETTERS.items()}
-_TENSOR_TAILS = [struct.Struct(f"<{n}QIQ") for n in range(_MAX_DIMS + 1)]
+DTYPES = {int(kind): np.dtype("<" + letter) for kind, letter in _LETTERS.items()}  # arrays
+_TENSOR_TAILS = [struct.Struct(f"<{n}QIQ") for n in range(MAX_DIMS + 1)]
 
 
 class Array(NamedTuple):
@@ -70,51 +69,13 @@ class TensorEntry(NamedTuple):
 
 
 class Header(NamedTuple):
+    """What `parse_header` found; `data_start`: bytes from the file's begin."""
+
     version: int
-    metadata: "Metadata"
+    fields: dict[str, Scalar | Array]
     tensors: list[TensorEntry]
-    data_start: int
     alignment: int
-
-
-class Metadata(Mapping[str, Scalar | list]):
-    """The key-value fields; an array is decoded to a list each time it is asked for."""
-
-    def __init__(self, buffer: Buffer, fields: dict[str, Scalar | Array]):
-        self._buffer: Buffer | None = buffer
-        self._fields = fields
-
-    def __getitem__(self, key: str) -> Scalar | list:
-        value = self._fields[key]
-        return self._decode(key, value) if isinstance(value, Array) else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
-
-    def __len__(self) -> int:
-        return len(self._fields)
-
-    def __contains__(self, key: object) -> bool:  # Mapping's own would decode an array
-        return key in self._fields
-
-    def element_type(self, key: str) -> GGUFValueType | None:
-        """The type of an array's elements; None where the field is no array."""
-        value = self._fields[key]
-        return GGUFValueType(value.kind) if isinstance(value, Array) else None
-
-    def release(self) -> None:
-        """Let go of the file; arrays cannot be decoded from now on."""
-        self._buffer = None
-
-    def _decode(self, key: str, array: Array) -> list:
-        if self._buffer is None:
-            raise GGUFError(f"field {key!r} was asked for after its file was closed")
-        if array.kind != GGUFValueType.STRING:
-            dtype = _DTYPES[array.kind]
-            return np.frombuffer(self._buffer, dtype, array.count, array.offset).tolist()
-        cursor = Cursor(self._buffer, array.offset)
-        what = f"an entry of field {key!r}"
-        return [cursor.text(what, _MAX_STRING) for _ in range(array.count)]
+    data_start: int
 
 
 class Cursor:
@@ -133,19 +94,17 @@ class Cursor:
         (length,) = self.unpack(_U64)
         start, self.offset = self.offset, self.offset + length
         if length > longest or self.offset > self.end:
-            raise GGUFError(f"{what} claims a length of {length} bytes: the header is damaged")
+            raise GGUFError(f"{what} claims a length of {length} bytes; {DAMAGED}")
         try:
             return self.buffer[start : self.offset].decode()
         except UnicodeDecodeError as error:
-            raise GGUFError(f"{what} is not UTF-8: the header is damaged") from error
+            raise GGUFError(f"{what} is not UTF-8; {DAMAGED}") from error
 
     def check_count(self, count: int, least_bytes: int, what: str) -> None:
         """Refuse a count whose items cannot fit in what is left."""
         if count > (self.end - self.offset) // least_bytes:
-            raise GGUFError(
-                f"{count} {what} cannot fit in a file of {self.end} bytes: "
-                "the header is damaged, or the download is incomplete; download it again"
-            )
+            size = f"a file of {self.end} bytes"
+            raise GGUFError(f"{count} {what} cannot fit in {size}; {DAMAGED}")
 
 
 def parse_header(buffer: Buffer) -> Header:
@@ -156,21 +115,19 @@ def parse_header(buffer: Buffer) -> Header:
     try:
         return _parse(Cursor(buffer, offset=4))
     except struct.error as error:
-        raise GGUFError(
-            "the file ends within its header: the download is incomplete; download it again"
-        ) from error
+        raise GGUFError(f"the header is cut off; {DAMAGED}") from error
 
 
 def _parse(cursor: Cursor) -> Header:
     version = _read_version(cursor)
-    tensor_count, field_count = cursor.unpack(struct.Struct("<QQ"))
+    tensor_count, field_count = cursor.unpack(_COUNTS)
     cursor.check_count(tensor_count, _MIN_TENSOR, "tensors")
     cursor.check_count(field_count, _MIN_FIELD, "metadata fields")
     fields = _read_fields(cursor, field_count)
-    tensors = [_read_tensor(cursor) for _ in range(tensor_count)]
+    tensors = _read_tensors(cursor, tensor_count)
     alignment = _alignment(fields)
     data_start = -(-cursor.offset // alignment) * alignment
-    return Header(version, Metadata(cursor.buffer, fields), tensors, data_start, alignment)
+    return Header(version, fields, tensors, alignment, data_start)
 
 
 def _read_version(cursor: Cursor) -> int:
@@ -191,33 +148,34 @@ def _read_fields(cursor: Cursor, count: int) -> dict[str, Scalar | Array]:
         key = cursor.text("a metadata key", _MAX_NAME)
         (kind,) = cursor.unpack(_U32)
         if key in fields:
-            raise GGUFError(f"field {key!r} occurs twice: the header is damaged")
+            raise GGUFError(f"field {key!r} occurs twice; {DAMAGED}")
         if scalar := _SCALARS.get(kind):
             (fields[key],) = cursor.unpack(scalar)
         elif kind == GGUFValueType.STRING:
-            fields[key] = cursor.text(f"field {key!r}", _MAX_STRING)
+            fields[key] = cursor.text(f"field {key!r}", MAX_STRING)
         elif kind == GGUFValueType.ARRAY:
             fields[key] = _step_over_array(cursor, key)
         else:
-            raise GGUFError(f"field {key!r} has the unknown type {kind}: the header is damaged")
+            raise GGUFError(f"field {key!r} has the unknown type {kind}; {DAMAGED}")
     return fields
 
 
 def _step_over_array(cursor: Cursor, key: str) -> Array:
     kind, count = cursor.unpack(_TYPE_AND_COUNT)
     array = Array(kind, count, cursor.offset)
-    if dtype := _DTYPES.get(kind):
-        cursor.check_count(count, dtype.itemsize, f"entries of field {key!r}")
-        cursor.offset += count * dtype.itemsize
+    if kind in DTYPES:
+        size = DTYPES[kind].itemsize
+        cursor.check_count(count, size, f"entries of field {key!r}")
+        cursor.offset += count * size
     elif kind == GGUFValueType.STRING:
         cursor.check_count(count, _U64.size, f"entries of field {key!r}")
         if count > _MAX_STRINGS:
-            raise GGUFError(f"field {key!r} claims {count} strings: the header is damaged")
+            raise GGUFError(f"field {key!r} claims {count} strings; {DAMAGED}")
         cursor.offset = _end_of_strings(cursor.buffer, cursor.offset, count, key)
     elif kind == GGUFValueType.ARRAY:
         raise GGUFError(f"field {key!r} nests arrays, which ggml does not read either")
     else:
-        raise GGUFError(f"field {key!r} has entries of the unknown type {kind}")
+        raise GGUFError(f"field {key!r} has entries of the unknown type {kind}; {DAMAGED}")
     return array
 
 
@@ -227,23 +185,26 @@ def _end_of_strings(buffer: Buffer, offset: int, count: int, key: str) -> int:
     for _ in range(count):
         offset += 8 + length_at(buffer, offset)[0]
         if offset > end:
-            raise GGUFError(
-                f"a string of field {key!r} ends beyond the file: the header is damaged"
-            )
+            raise GGUFError(f"a string of field {key!r} ends beyond the file; {DAMAGED}")
     return offset
 
 
-def _read_tensor(cursor: Cursor) -> TensorEntry:
-    name = cursor.text("a tensor's name", _MAX_NAME)
-    (n_dims,) = cursor.unpack(_U32)
-    if n_dims > _MAX_DIMS:
-        raise GGUFError(f"tensor {name!r} claims {n_dims} dimensions; {_MAX_DIMS} is the most")
-    *dims, type_number, offset = cursor.unpack(_TENSOR_TAILS[n_dims])
-    return TensorEntry(name, tuple(dims), type_number, offset)
+def _read_tensors(cursor: Cursor, count: int) -> list[TensorEntry]:
+    tensors: dict[str, TensorEntry] = {}
+    for _ in range(count):
+        name = cursor.text("a tensor's name", _MAX_NAME)
+        (n_dims,) = cursor.unpack(_U32)
+        if name in tensors:
+            raise GGUFError(f"tensor {name!r} occurs twice; {DAMAGED}")
+        if n_dims > MAX_DIMS:
+            raise GGUFError(f"tensor {name!r} claims {n_dims} dimensions; {DAMAGED}")
+        *dims, type_number, offset = cursor.unpack(_TENSOR_TAILS[n_dims])
+        tensors[name] = TensorEntry(name, tuple(dims), type_number, offset)
+    return list(tensors.values())
 
 
 def _alignment(fields: Mapping[str, Scalar | Array]) -> int:
     alignment = fields.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise GGUFError(f"general.alignment is {alignment!r}, not a power of two")
+        raise GGUFError(f"general.alignment is {alignment!r}, not a power of two; {DAMAGED}")
     return alignment

@@ -10,28 +10,28 @@ import math
 import mmap
 import os
 import sys
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from torch import Tensor
 
 from . import sniff
 from .dequant import as_plain
-from .errors import GGUFError
-from .header import Header, Metadata, TensorEntry, parse_header
+from .errors import DAMAGED, GGUFError
+from .header import MAX_DIMS, Header, TensorEntry, parse_header
+from .metadata import Metadata
 from .types import PLAIN_TYPES, find_type
 
 ORIG_SHAPE = "comfy.gguf.orig_shape."  # + tensor name: its shape, where the file's differs (city96)
+_SHAPE_TYPES = (GGUFValueType.INT32, GGUFValueType.UINT32, GGUFValueType.INT64)
 _MAX_WEIGHTS = 2**59  # keeps every byte count and stride within int64
 # Linux on x86, ARM and RISC-V; Python names it from 3.13 on. Without it the kernel refuses a
 # private mapping larger than its memory, though no page of it will be written.
 _MAP_NORESERVE = 0x4000
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """A tensor's place and meaning. `shape` outermost first; `offset` from the file's begin."""
 
     name: str
@@ -62,10 +62,12 @@ class GGUFFile:
                 size = _check_magic(file)
                 self._map: mmap.mmap | None = _map(file)
             header = parse_header(self._map)
-            _refuse_parts(header.metadata)
             self.version: int = header.version
-            self.metadata: Metadata = header.metadata
-            self.tensors: dict[str, TensorInfo] = _tensor_infos(header, size)
+            self.metadata = Metadata(self.path, self._map, header.fields)
+            _refuse_parts(header)
+            infos = [_tensor_info(entry, header, self.metadata) for entry in header.tensors]
+            _check_places(infos, header.data_start, size)
+            self.tensors: dict[str, TensorInfo] = {info.name: info for info in infos}
         except OSError as error:
             raise GGUFError(f"{self.path}: {error.strerror or error}") from error
         except GGUFError as error:
@@ -145,33 +147,21 @@ def _map(file: BinaryIO) -> mmap.mmap:
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def _refuse_parts(metadata: Metadata) -> None:
-    count = metadata.get("split.count", 1)
+def _refuse_parts(header: Header) -> None:
+    count = header.fields.get("split.count", 1)
     if isinstance(count, int) and count > 1:
-        number = metadata.get("split.no", 0)
         raise GGUFError(
-            f"part {number + 1} of {count}: merge the parts with "
+            f"one of {count} parts of a model: merge them with "
             "`llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf` and load the whole"
         )
 
 
-def _tensor_infos(header: Header, size: int) -> dict[str, TensorInfo]:
-    infos: dict[str, TensorInfo] = {}
-    for entry in header.tensors:
-        if entry.name in infos:
-            raise GGUFError(f"tensor {entry.name!r} occurs twice: the header is damaged")
-        infos[entry.name] = _tensor_info(entry, header)
-    _check_places(list(infos.values()), header.data_start, size)
-    return infos
-
-
-def _tensor_info(entry: TensorEntry, header: Header) -> TensorInfo:
+def _tensor_info(entry: TensorEntry, header: Header, metadata: Metadata) -> TensorInfo:
     try:
         qtype = find_type(entry.type_number)
     except GGUFError as error:
         raise GGUFError(f"tensor {entry.name!r}: {error}") from error
-    if math.prod(max(dim, 1) for dim in entry.dims) > _MAX_WEIGHTS:
-        raise GGUFError(f"tensor {entry.name!r} has the impossible shape {entry.dims[::-1]}")
+    shape = _shape(entry, metadata)
     block_size, type_size = GGML_QUANT_SIZES[qtype]
     row, weights = (entry.dims or (1,))[0], math.prod(entry.dims)
     if row % block_size:
@@ -182,23 +172,33 @@ def _tensor_info(entry: TensorEntry, header: Header) -> TensorInfo:
     if entry.offset % header.alignment:
         raise GGUFError(
             f"tensor {entry.name!r} lies at {entry.offset}, "
-            f"not a multiple of the alignment {header.alignment}: the header is damaged"
+            f"not a multiple of the alignment {header.alignment}; {DAMAGED}"
         )
-    shape = _shape(entry, header.metadata)
     nbytes = weights // block_size * type_size
     return TensorInfo(entry.name, qtype, shape, header.data_start + entry.offset, nbytes)
 
 
 def _shape(entry: TensorEntry, metadata: Metadata) -> tuple[int, ...]:
     """Outermost first: the shape that the metadata gives, else the file's dimensions reversed."""
+    stored = entry.dims[::-1]
+    _check_shape(entry.name, stored)
     key = ORIG_SHAPE + entry.name
     if key not in metadata:
-        return entry.dims[::-1]
-    shape = metadata[key]
-    good = isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)
-    if not good or math.prod(shape) != math.prod(entry.dims):
-        raise GGUFError(f"field {key!r} does not fit the tensor's {entry.dims[::-1]}")
-    return tuple(shape)
+        return stored
+    shape = tuple(metadata[key]) if metadata.element_type(key) in _SHAPE_TYPES else ()
+    _check_shape(entry.name, shape)
+    if math.prod(shape) != math.prod(stored) or not 0 < len(shape) <= MAX_DIMS:
+        raise GGUFError(f"field {key!r} does not fit the tensor's {stored}; {DAMAGED}")
+    return shape
+
+
+def _check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """Sizes are real: even those that a 0 beside them hides, since torch multiplies strides."""
+    weights = 1
+    for dim in shape:
+        weights *= dim or 1
+        if dim < 0 or weights > _MAX_WEIGHTS:
+            raise GGUFError(f"tensor {name!r} has the impossible shape {shape}; {DAMAGED}")
 
 
 def _check_places(infos: list[TensorInfo], data_start: int, size: int) -> None:
@@ -206,17 +206,13 @@ def _check_places(infos: list[TensorInfo], data_start: int, size: int) -> None:
     filled = sorted((info for info in infos if info.nbytes), key=lambda info: info.offset)
     for first, second in itertools.pairwise(filled):
         if first.offset + first.nbytes > second.offset:
-            raise GGUFError(
-                f"tensors {first.name!r} and {second.name!r} overlap: the header is damaged"
-            )
+            raise GGUFError(f"tensors {first.name!r} and {second.name!r} overlap; {DAMAGED}")
     if not filled or (end := filled[-1].offset + filled[-1].nbytes) <= size:
         return
     if data_start + sum(info.nbytes for info in filled) <= size:
-        raise GGUFError(
-            f"tensor {filled[-1].name!r} lies beyond the end of the file: the header is damaged"
-        )
+        raise GGUFError(f"tensor {filled[-1].name!r} lies beyond the file's end; {DAMAGED}")
     cut = next(info for info in filled if info.offset + info.nbytes > size)
     raise GGUFError(
         f"{end - size} of {end} bytes are missing, from tensor {cut.name!r} on: "
-        "the download is incomplete; download it again"
+        "the download is incomplete: download it again"
     )

@@ -79,6 +79,8 @@ PLAIN_TYPES: dict[GGMLQuantizationType, torch.dtype] = {
     T.I64: torch.int64,
 }
 
+_KNOWN: dict[int, GGMLQuantizationType] = {int(qtype): qtype for qtype in (*PLAIN_TYPES, *QTYPES)}
+
 # Type numbers that ggml once used (ggml.h), for a better message than "unknown".
 REMOVED_TYPES: dict[int, str] = {
     4: "Q4_2",
@@ -97,15 +99,15 @@ def find_type(number: int) -> GGMLQuantizationType:
 
     Raises: GGUFError for any other, with the list of those known.
     """
-    if number in QTYPES or number in PLAIN_TYPES:
-        return GGMLQuantizationType(number)
+    if (qtype := _KNOWN.get(number)) is not None:
+        return qtype
     if number in REMOVED_TYPES:
         what = f"{REMOVED_TYPES[number]}, which ggml has removed: quantise again, say to Q4_0"
-    elif number in set(GGMLQuantizationType):
+    elif number in GGMLQuantizationType._value2member_map_:
         what = f"{GGMLQuantizationType(number).name}, which is not meant for files"
     else:
         what = "unknown"
-    known = ", ".join(t.name for t in {**PLAIN_TYPES, **QTYPES})
+    known = ", ".join(qtype.name for qtype in _KNOWN.values())
     raise GGUFError(f"GGML type {number} is {what} (known: {known})")
 
 

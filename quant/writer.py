@@ -63,7 +63,11 @@ class _Entry:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        return self.shape if len(self.shape) <= _MAX_DIMS else (math.prod(self.shape),)
+        """`shape`, or flat where GGUF has no room for it: `ORIG_SHAPE` then keeps it."""
+        block_size = GGML_QUANT_SIZES[self.qtype][0]
+        whole_rows = not self.shape or self.shape[-1] % block_size == 0
+        fits = whole_rows and len(self.shape) <= _MAX_DIMS
+        return self.shape if fits else (math.prod(self.shape),)
 
 
 def write_gguf(
@@ -77,8 +81,8 @@ def write_gguf(
     metadata: text, bool, int (uint32; int32 if negative; 64 bits if larger), float (float32), a
     list of one of these (ints as int32 or int64), or numpy scalars and arrays, whose dtype decides.
     tensors: (name, plain tensor) or (name, (blocks, qtype, shape)), where blocks is uint8 or a
-    function that makes it when its turn comes. A tensor of more than four dimensions is stored
-    flat, with its shape in `comfy.gguf.orig_shape.<name>`.
+    function that makes it when its turn comes. A tensor of more than four dimensions, or whose rows
+    are not whole blocks, is stored flat, with its shape in `comfy.gguf.orig_shape.<name>`.
 
     Raises: GGUFError for what cannot be written. Whatever goes wrong, nothing is left behind.
     """
@@ -117,10 +121,10 @@ def _entry(name: str, given: Tensor | tuple[Blocks, GGMLQuantizationType, Sequen
     blocks, qtype, shape = given
     entry = _Entry(name, find_type(qtype), tuple(shape), blocks)
     block_size = GGML_QUANT_SIZES[entry.qtype][0]
-    if (entry.stored_shape or (1,))[-1] % block_size:
+    if math.prod(entry.shape) % block_size:
         raise GGUFError(
             f"tensor {name!r}: {entry.qtype.name} packs {block_size} weights a block, "
-            f"which does not divide the rows of {entry.shape}"
+            f"which does not divide {entry.shape}"
         )
     return entry
 
@@ -132,8 +136,7 @@ def _add_metadata(
     fields = dict(metadata)
     if fields.pop("general.architecture", architecture) != architecture:
         raise GGUFError("the metadata names another general.architecture")
-    if (alignment := fields.pop("general.alignment", None)) is not None:
-        writer.add_custom_alignment(alignment)
+    fields.pop("general.alignment", None)  # of the file that the metadata came from
     if any(entry.qtype not in PLAIN_TYPES for entry in entries):
         fields.setdefault("general.quantization_version", GGML_QUANT_VERSION)
     for entry in entries:
@@ -145,21 +148,24 @@ def _add_metadata(
 
 def _typed(key: str, value: object) -> tuple[object, GGUFValueType, GGUFValueType | None]:
     """(plain value, its GGUF type, its elements' type if it is an array)"""
-    if isinstance(value, np.ndarray | np.generic):
-        kind = _VALUE_TYPES.get(value.dtype)
-        if kind and value.ndim == 0:
-            return value.item(), kind, None
-        if kind and value.ndim == 1 and value.size:
-            return value.tolist(), GGUFValueType.ARRAY, kind
-    elif isinstance(value, list | tuple) and value:
-        kinds = {_scalar_type(key, item, GGUFValueType.INT32) for item in value}
-        if kinds == {GGUFValueType.INT32, GGUFValueType.INT64}:
-            kinds = {GGUFValueType.INT64}
-        if len(kinds) == 1:
-            return list(value), GGUFValueType.ARRAY, kinds.pop()
-    else:
+    if isinstance(value, list | tuple):
+        return list(value), GGUFValueType.ARRAY, _element_type(key, value)
+    if not isinstance(value, np.ndarray | np.generic):
         return value, _scalar_type(key, value, GGUFValueType.UINT32), None
-    raise GGUFError(f"field {key!r} is not an array of one dimension and type, or is empty")
+    if value.dtype not in _VALUE_TYPES or value.ndim > 1 or not value.size:
+        raise GGUFError(f"field {key!r} is not a list of numbers, or is empty")
+    kind = _VALUE_TYPES[value.dtype]
+    plain = value.tolist()
+    return (plain, GGUFValueType.ARRAY, kind) if value.ndim else (plain, kind, None)
+
+
+def _element_type(key: str, values: Sequence[object]) -> GGUFValueType:
+    kinds = {_scalar_type(key, value, GGUFValueType.INT32) for value in values}
+    if kinds == {GGUFValueType.INT32, GGUFValueType.INT64}:
+        return GGUFValueType.INT64
+    if len(kinds) != 1:
+        raise GGUFError(f"field {key!r} mixes types, or is empty")
+    return kinds.pop()
 
 
 def _scalar_type(key: str, value: object, int_type: GGUFValueType) -> GGUFValueType:
