@@ -66,10 +66,9 @@ def dequantize_rows(
 
 
 def as_plain(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes as a 1-D tensor of `dtype`: a view where their alignment allows it."""
+    """The bytes as a 1-D tensor of `dtype`: a view where they start on a whole element."""
     flat = blocks.reshape(-1)
-    aligned = flat.data_ptr() % dtype.itemsize == 0 == flat.storage_offset() % dtype.itemsize
-    return (flat if aligned else flat.clone()).view(dtype)
+    return (flat.clone() if flat.storage_offset() % dtype.itemsize else flat).view(dtype)
 
 
 def _unpack(blocks: Tensor, qtype: GGMLQuantizationType, out: Tensor) -> None:

@@ -22,10 +22,10 @@ from .errors import DAMAGED, GGUFError
 Scalar = int | float | bool | str
 Buffer = bytes | mmap
 
-_VERSIONS = (2, 3)
 MAX_DIMS = 5  # ggml has four; tools for video models write convolutions with five
-_MAX_NAME = 2**16 - 1  # bytes; gguf.md's bound for keys
 MAX_STRING = 2**28  # bytes
+_VERSIONS = (2, 3)
+_MAX_NAME = 2**16 - 1  # bytes; gguf.md's bound for keys
 _MAX_STRINGS = 2**24  # in an array; a tokenizer has at most a few 2**18
 _MIN_FIELD = 8 + 4 + 1  # bytes: empty key, type, one byte
 _MIN_TENSOR = 8 + 4 + 4 + 8  # bytes: empty name, no dimensions, type, offset
@@ -47,7 +47,7 @@ _LETTERS = {
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _COUNTS, _TYPE_AND_COUNT = struct.Struct("<QQ"), struct.Struct("<IQ")
 _SCALARS = {int(kind): struct.Struct("<" + letter) for kind, letter in _LETTERS.items()}
-DTYPES = {int(kind): np.dtype("<" + letter) for kind, letter in _LETTERS.items()}  # arrays
+DTYPES = {int(kind): np.dtype("<" + letter) for kind, letter in _LETTERS.items()}
 _TENSOR_TAILS = [struct.Struct(f"<{n}QIQ") for n in range(MAX_DIMS + 1)]
 
 

@@ -123,7 +123,9 @@ class GGUFFile:
             raise GGUFError(f"{self.path}: tensor {info.name!r} was asked for after closing")
         if info.nbytes == 0:  # frombuffer refuses an empty one
             return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        flat = torch.frombuffer(self._map, dtype=torch.uint8, count=info.nbytes, offset=info.offset)
+        width = 1 if info.is_quantized else GGML_QUANT_SIZES[info.qtype][1]
+        return flat.clone() if info.offset % width else flat  # of an odd general.alignment
 
 
 def _check_magic(file: BinaryIO) -> int:

@@ -24,6 +24,7 @@ from gguf import (
 from torch import Tensor
 
 from .errors import GGUFError
+from .header import DTYPES
 from .reader import ORIG_SHAPE
 from .types import PLAIN_TYPES, find_type
 
@@ -32,19 +33,7 @@ NamedTensor = tuple[str, Tensor | tuple[Blocks, GGMLQuantizationType, Sequence[i
 
 _MAX_DIMS = 4  # ggml's
 _QTYPES = {dtype: qtype for qtype, dtype in PLAIN_TYPES.items()}
-_VALUE_TYPES = {
-    np.dtype(np.uint8): GGUFValueType.UINT8,
-    np.dtype(np.int8): GGUFValueType.INT8,
-    np.dtype(np.uint16): GGUFValueType.UINT16,
-    np.dtype(np.int16): GGUFValueType.INT16,
-    np.dtype(np.uint32): GGUFValueType.UINT32,
-    np.dtype(np.int32): GGUFValueType.INT32,
-    np.dtype(np.uint64): GGUFValueType.UINT64,
-    np.dtype(np.int64): GGUFValueType.INT64,
-    np.dtype(np.float32): GGUFValueType.FLOAT32,
-    np.dtype(np.float64): GGUFValueType.FLOAT64,
-    np.dtype(np.bool_): GGUFValueType.BOOL,
-}
+_VALUE_TYPES = {dtype: GGUFValueType(kind) for kind, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)

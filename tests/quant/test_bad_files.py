@@ -158,21 +158,24 @@ def test_array_that_is_not_utf8_is_told_when_asked_for(tmp_path):
         file.metadata["tokens"]
 
 
-@pytest.mark.parametrize("claim", ["tensors", "fields", "strings", "numbers", "dimension"])
+@pytest.mark.parametrize(
+    "claim", ["tensors", "fields", "strings", "many strings", "numbers", "dimension"]
+)
 def test_absurd_claims_are_refused_at_once(tmp_path, claim):
-    """Within a file of 64 MiB of zeros, where a naive loop would find plausible entries."""
+    """Within a file of 256 MiB of zeros, where a naive loop would find plausible entries."""
     count = 2**22
     content = {
         "tensors": gguf(counts=(count // 2, 0)),
         "fields": gguf(counts=(0, count)),
         "strings": gguf([array("a", V.STRING, 2**40, b"")]),
+        "many strings": gguf([array("a", V.STRING, 2**24 + 1, b"")]),
         "numbers": gguf([array("a", V.UINT8, 2**40, b"")]),
         "dimension": gguf([], [tensor("a", (2**40,))]),
     }[claim]
     path = tmp_path / "absurd.gguf"
     with open(path, "wb") as file:
         file.write(content)
-        file.truncate(2**26)
+        file.truncate(2**28)
     tracemalloc.start()
     start = time.process_time()
     message_for(path)
