@@ -29,15 +29,24 @@ def find():
 
 @contextlib.contextmanager
 def window(host, profile):
-    """A browser on a fresh profile, big enough to judge a screenshot: a Playwright context."""
+    """A browser on a fresh profile, big enough to judge a screenshot: a Playwright context.
+
+    Raises: FileNotFoundError if the machine has no browser.
+    """
+    executable = find()
+    if executable is None:
+        raise FileNotFoundError(f"No Chromium or Chrome found. Install one: {REMEDY}")
     host.post("/settings", SETTINGS)
     with sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
             profile,
-            executable_path=find(),
+            executable_path=executable,
             args=FLAGS,
             viewport={"width": 1600, "height": 1000},
         )
+        context.add_init_script(
+            "localStorage.clear()"
+        )  # else each tab reopens the last ones' graphs
         with context:
             yield context
 

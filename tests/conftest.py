@@ -4,6 +4,7 @@ The pack is imported as `fewstep`, as ComfyUI's loader would under a name of its
 """
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -17,11 +18,27 @@ run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
 run.load_pack("fewstep")
 
+from fewstep.tests import chromium  # noqa: E402 (there is no fewstep before this line)
 
-def pytest_collection_modifyitems(items):
+NOT_RUN = pytest.StashKey[int]()  # how many tests of the browser tier were left out
+
+
+def pytest_collection_modifyitems(config, items):
+    """Mark each test's tier. Without a browser, leave that tier out, but in CI let it fail."""
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         item.add_marker(TIERS.get(folder, "pure"))
+    if chromium.find() is None and not os.environ.get("CI"):
+        left_out = [item for item in items if item.get_closest_marker("browser")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[NOT_RUN] = len(left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.stash.get(NOT_RUN, 0):
+        terminalreporter.section("browser tier not run", red=True)
+        terminalreporter.line(f"No Chromium or Chrome found. Install one: {chromium.REMEDY}")
 
 
 @pytest.fixture(scope="session")
