@@ -46,14 +46,21 @@ class _TakeOver:
     def _apply(self, fn, recurse=True):
         """`.to()` on a quantised parameter gives a new one: torch would write into the old."""
         for name, param in self._parameters.items():
-            if param is not None and not param.is_meta:
-                self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
+            if param is None or param.is_meta:
+                continue
+            new = fn(param)
+            if new.is_inference() and not torch.is_inference_mode_enabled():
+                new = new.clone()  # a parameter cannot wrap an inference tensor
+            if new is not param:
+                self._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if is_gguf(self.weight):
-            destination[prefix + "weight"] = SavedWeight(self)
+        """Without torch's `detach`, which fails on a quantised parameter in inference mode."""
+        for name, param in self._parameters.items():
+            if param is not None:
+                saved = SavedWeight(self) if is_gguf(param) else param
+                destination[prefix + name] = saved if keep_vars else saved.detach()
 
     def convert_weight(self, weight, inplace=False, **_options):
         """Host's hook: the weight as floats, before patches are added to it."""

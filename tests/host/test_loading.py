@@ -234,3 +234,16 @@ def test_saving_writes_the_floats_with_the_lora(tmp_path, memory):
     assert saved.keys() == names.keys()
     for name, tensor in names.items():
         torch.testing.assert_close(saved[name].float(), tensor, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("loads, samples", [(True, False), (False, True), (True, True)])
+def test_inference_mode_does_not_matter(tmp_path, loads, samples):
+    """The host runs nodes in inference mode, other packs may load outside of it."""
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    with torch.inference_mode(loads):
+        model = with_lora(loading.load_diffusion_model(str(tmp_path / "m.gguf")))
+    with torch.inference_mode(samples):
+        drawn = sample(model)
+    reference = with_lora(comfy.sd.load_diffusion_model_state_dict(dense))
+    assert torch.equal(drawn, sample(reference))
+    model.detach()
