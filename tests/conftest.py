@@ -14,11 +14,12 @@ TESTS = Path(__file__).parent
 TIERS = {"host": "host", "nodes": "host", "browser": "browser"}  # any other folder is pure
 
 spec = importlib.util.spec_from_file_location("run", TESTS.parent / "run.py")
-run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(run)
-run.load_pack("fewstep")
+loader = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(loader)
+loader.load_pack("fewstep")
 
-from fewstep.tests import chromium  # noqa: E402 (there is no fewstep before this line)
+from fewstep import run  # noqa: E402 (there is no fewstep before this line)
+from fewstep.tests import chromium  # noqa: E402
 
 NOT_RUN = pytest.StashKey[int]()  # how many tests of the browser tier were left out
 

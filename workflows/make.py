@@ -1,8 +1,8 @@
 """Make the workflows of this folder in the real frontend: `.venv/bin/python workflows/make.py`.
 
 A workflow is described here by its columns of nodes. The page itself (build.js) creates, connects
-and measures the nodes and lays the columns out side by side. Each gives two files: NAME.json as the
-page saves it, and api/NAME.json as it exports it for the API.
+and measures the nodes and lays the columns out side by side. Each gives three files: NAME.json as
+the page saves it, api/NAME.json as it exports it for the API, and the thumbnail NAME.jpg.
 """
 
 import json
@@ -18,11 +18,13 @@ import run  # noqa: E402
 
 run.load_pack()
 from fewstep.tests import chromium  # noqa: E402
+from fewstep.workflows import thumbnails  # noqa: E402
 
 BUILD = (FOLDER / "build.js").read_text(encoding="utf-8")
 
 DEMO = ("fewstep-demo.gguf", ["fewstep-demo-clip-l.gguf"], "fewstep-demo-vae.gguf")
 DEMO_PROMPT = "a red circle on a blue background"
+TYPED_SIGMAS = "1, 0.95, 0.9, 0.83, 0.75, 0.64, 0.5, 0.3, 0"
 SD35_ENCODERS = ["clip_l.safetensors", "clip_g.safetensors", "t5-v1_1-xxl-encoder-Q5_K_M.gguf"]
 SD35_VAE = "sd3.5_vae.safetensors"
 SD35_PROMPT = (
@@ -158,7 +160,7 @@ PARTS = [
         "schedule",
         "FewStepSchedule",
         {"model": "model.MODEL"},
-        sigmas="1, 0.95, 0.9, 0.83, 0.75, 0.64, 0.5, 0.3, 0",
+        sigmas=TYPED_SIGMAS,
     ),
 ]
 SAMPLE_INPUTS = {
@@ -210,13 +212,30 @@ WORKFLOWS = {
 def main():
     with tempfile.TemporaryDirectory() as folder:
         host = run.Host(run.comfyui_folder(), Path(folder, "base"), sys.executable, ["--cpu"])
-        with host, chromium.window(host, Path(folder, "profile")) as window:
-            page = chromium.open_page(window, host)
-            for name, columns in WORKFLOWS.items():
-                saved, exported = page.evaluate(BUILD, columns)
-                saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.fewstep"))
-                write(FOLDER / f"{name}.json", saved)
-                write(FOLDER / "api" / f"{name}.json", exported)
+        with host:
+            make_graphs(host, Path(folder, "profile"))
+            make_thumbnails(host)
+
+
+def make_graphs(host, profile):
+    with chromium.window(host, profile) as window:
+        page = chromium.open_page(window, host)
+        for name, columns in WORKFLOWS.items():
+            saved, exported = page.evaluate(BUILD, columns)
+            saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.fewstep"))
+            write(FOLDER / f"{name}.json", saved)
+            write(FOLDER / "api" / f"{name}.json", exported)
+
+
+def make_thumbnails(host):
+    workflow = run.read_workflow(FOLDER / "api" / "demo.json")
+    drawn = [
+        host.draw(run.fill_in(workflow, prompt), on_step=run.print_step)[0]
+        for prompt in thumbnails.DEMO_PROMPTS
+    ]
+    pictures = {"demo": thumbnails.demo(drawn), **thumbnails.schedules(TYPED_SIGMAS)}
+    for name, picture in pictures.items():
+        picture.save(FOLDER / f"{name}.jpg", quality=88)
 
 
 def write(path, content):

@@ -1,0 +1,75 @@
+"""The pictures of the workflows under Templates: 512 pixels square, NAME.jpg beside NAME.json.
+
+The demo shows what its model drew. The others show their schedule: a scene at each noise level,
+x = (1 - sigma) * picture + sigma * noise.
+"""
+
+import io
+
+import numpy as np
+from fewstep.demo.captions import parse_caption
+from fewstep.demo.scenes import draw
+from fewstep.flow import find_preset, parse_sigmas
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 512
+DARK, LIGHT, DIM = "#1b1e24", "#f2f4f8", "#9aa3b2"
+DEMO_PROMPTS = [
+    "a red circle on a blue background",
+    "a yellow star on a black background",
+    "a white ring left of a green square on a purple background",
+    "three orange triangles on a cyan background",
+]
+
+
+def demo(png_files):
+    """The four pictures, as the model drew them, in a square."""
+    tiles = [Image.open(io.BytesIO(png)).convert("RGB") for png in png_files]
+    return arrange(Image.new("RGB", (SIDE, SIDE), DARK), tiles, columns=2, top=0)
+
+
+def schedule(title, subtitle, scene, sigmas):
+    """Title, subtitle, and the captioned scene at each of `sigmas` (n,), falling to 0."""
+    card = Image.new("RGB", (SIDE, SIDE), DARK)
+    pen = ImageDraw.Draw(card)
+    pen.text((24, 20), title, fill=LIGHT, font=ImageFont.load_default(44))
+    pen.text((24, 78), subtitle, fill=DIM, font=ImageFont.load_default(22))
+    rng = np.random.default_rng(0)
+    picture = draw([parse_caption(scene)], rng)[0].permute(1, 2, 0).numpy()
+    noise = rng.standard_normal(picture.shape) * 0.3 + 0.5
+    tiles = []
+    for sigma in sigmas.tolist():
+        pixels = 255 * ((1 - sigma) * picture + sigma * noise).clip(0, 1)
+        tiles.append(Image.fromarray(pixels.astype(np.uint8)))
+    return arrange(card, tiles, columns=3, top=124)
+
+
+def arrange(card, tiles, columns, top):
+    """Paste square tiles in rows below `top`, as large as they fit."""
+    gap = 12
+    rows = -(-len(tiles) // columns)
+    side = min((SIDE - (columns + 1) * gap) // columns, (SIDE - top - gap * (rows + 1)) // rows)
+    left = (SIDE - columns * side - (columns - 1) * gap) // 2
+    for i, tile in enumerate(tiles):
+        row, column = divmod(i, columns)
+        place = (left + column * (side + gap), top + gap + row * (side + gap))
+        card.paste(tile.resize((side, side), Image.Resampling.LANCZOS), place)
+    return card
+
+
+def schedules(typed):
+    """Thumbnail of each workflow but the demo; `typed`: the sigmas of the one made by hand."""
+    turbo, medium = find_preset("sd3.5-large-turbo"), find_preset("sd3.5-medium-turbo")
+    lamp = "a yellow star above a white ring on a blue background"
+    return {
+        "sd35_few_step": schedule(
+            "SD3.5, 4 steps", "three text encoders, T5 optional", lamp, turbo.sigmas()
+        ),
+        "lora_on_gguf": schedule("LoRA on GGUF", "SD3.5 Medium in 8 steps", lamp, medium.sigmas()),
+        "schedule_by_hand": schedule(
+            "Schedule by hand",
+            "FewStep Schedule, stock sampler",
+            DEMO_PROMPTS[1],
+            parse_sigmas(typed),
+        ),
+    }
