@@ -1,4 +1,4 @@
-"""`python -m demo train`, `python -m demo score`: make the model that ships, and measure it."""
+"""Make the model that ships, and measure it: `python -m demo train | export | score`."""
 
 import argparse
 import logging
@@ -7,48 +7,55 @@ from pathlib import Path
 
 import run
 
-pack = run.load_pack()
-
-
-def prepare_host(device: str) -> None:
-    """Make ComfyUI importable; on the CPU it must be told before its first import."""
-    sys.path.insert(0, str(run.comfyui_folder()))
-    from comfy.cli_args import args
-
-    args.cpu = device == "cpu"
+run.load_pack()
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train VAE and flow model, then write the GGUF files")
-    train.add_argument("--minutes", type=float, help="wall clock in all; default 105")
+    export = commands.add_parser("export", help="write the GGUF files from what is trained so far")
+    score = commands.add_parser("score", help="draw captions kept from training, and score them")
+    for command in (train, export, score):
+        command.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
+        command.add_argument("--threads", type=int, default=0, help="CPU threads; default all")
+        command.add_argument("--models", type=Path, help="folder of the GGUF files")
+    for command in (train, export):
+        command.add_argument("--folder", default=run.ROOT / ".train", type=Path)
+    train.add_argument("--minutes", type=float, help="wall clock in all; default 120")
     train.add_argument("--samples", type=int, help="budget in samples of the flow model instead")
     train.add_argument("--only", choices=("decoder", "encoder", "teacher"), help="a single stage")
     train.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
-    for command in (train,):
-        command.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
-        command.add_argument("--threads", type=int, default=0, help="CPU threads; default all")
-        command.add_argument("--folder", default=run.ROOT / ".train", type=Path)
+    score.add_argument("--captions", type=int, default=200, help="of each kind; default 200")
+    score.add_argument("--steps", type=int, default=8, help="euler steps; default 8")
+    score.add_argument("--shift", type=float, help="of the schedule; default the checkpoint's")
+    score.add_argument("--cfg", type=float, default=1.0, help="guidance; default 1, none")
+    score.add_argument("--kinds", nargs="+", default=["single", "pair", "count"])
+    score.add_argument("--seen", action="store_true", help="captions of the training side instead")
+    score.add_argument(
+        "--sheet", type=Path, help="PNG to draw the first pictures of each kind into"
+    )
     return parser.parse_args()
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Make ComfyUI importable; whether it may look for a GPU must be told before its import."""
+    sys.path.insert(0, str(run.comfyui_folder()))
+    import torch
+    from comfy.cli_args import args
+
+    args.cpu = options.device == "cpu"
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    if options.threads:
+        torch.set_num_threads(options.threads)
 
 
 def main() -> None:
     options = parse_arguments()
-    prepare_host(options.device)
-    import torch
+    prepare(options)
+    from fewstep.demo import commands
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    from fewstep.demo import recipe
-
-    minutes = options.minutes
-    if minutes is None and options.samples is None:
-        minutes = 105
-    stages = [options.only] if options.only else list(recipe.STAGES)
-    config = recipe.TeacherConfig(compiled=options.compile)
-    recipe.train_stages(options.folder, stages, minutes, options.samples, options.device, config)
+    getattr(commands, options.command)(options)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,15 @@ from torch import Tensor
 from ..distill.loop import Budget, load_checkpoint, train
 from ..distill.teacher import FlowModel, TeacherConfig, TeacherTask
 from ..host import modules
-from .captions import KINDS, VOCABULARY, draw_captions, spoken
+from .captions import VOCABULARY, draw_captions, spoken
 from .latents import LatentCode, fit_latent_code
 from .scenes import draw
 from .vae import DECODER_GAIN, VAETask
 
 # Share of a budget in minutes, and samples per sample of the flow model's, that each stage gets.
 STAGES = {"decoder": (0.11, 0.05), "encoder": (0.04, 0.02), "teacher": (0.85, 1.0)}
+# What a training batch holds, in equal parts: the plainest sentence twice.
+MIXTURE = ("single", "single", "pair", "count")
 
 
 def vocabulary() -> set[int]:
@@ -32,21 +34,20 @@ def vocabulary() -> set[int]:
 def training_batch(code: LatentCode, batch: int, index: int) -> tuple[Tensor, Tensor]:
     """Batch number `index`: latents (batch, 16, 16, 16) and token ids (batch, 77)."""
     rng = np.random.default_rng((7, index))
-    captions = draw_captions(rng, batch, KINDS)
+    captions = draw_captions(rng, batch, MIXTURE)
     tokens = torch.tensor([modules.tokenize(spoken(caption, rng)) for caption in captions])
     return code.encode(draw(captions, rng)), tokens
 
 
 def stage_task(stage: str, device: str = "cpu", config: TeacherConfig | None = None):
     """The task of one of STAGES for `distill.loop.train`, with fresh weights."""
-    code = fit_latent_code()
+    code, config = fit_latent_code(), config or TeacherConfig()
     torch.manual_seed(0)
     if stage == "teacher":
-        config = config or TeacherConfig()
         data = partial(training_batch, code, config.batch)
         return TeacherTask(config, vocabulary(), data, device)
     network = modules.build_taesd(DECODER_GAIN).get_submodule(f"taesd_{stage}")
-    return VAETask(stage, network, code, device=device)
+    return VAETask(stage, network, code, device, config.compiled)
 
 
 def train_stages(

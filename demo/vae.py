@@ -14,20 +14,24 @@ from .latents import PATCH, LatentCode
 from .scenes import SIZE, draw
 
 CROP = 64  # pixels
+CANDIDATES = 3  # crops looked at for each one taken
 DECODER_GAIN = 0.4  # keeps the strongest edges' latents inside TAESD's clamp at ±3
 NOISE = 0.15  # the largest deviation of the noise on the decoder's latents
 LEARNING_RATE = 1.5e-3
 
 
 def crops(number: int, seed: int, index: int, held_out: bool = False) -> Tensor:
-    """Pictures (number, 3, 64, 64) float32 in [0, 1], cut out of scenes along 8-pixel lines."""
+    """Pictures (number, 3, 64, 64) float32 in [0, 1], cut out of scenes along 8-pixel lines.
+
+    Of a scene's random crops the one with most contrast is taken: there is more to learn in it.
+    """
     rng = np.random.default_rng((seed, index))
     pictures = draw(draw_captions(rng, number, KINDS, held_out), rng)
-    corners = rng.integers((SIZE - CROP) // PATCH + 1, size=(number, 2)) * PATCH
-    cut = [
-        picture[:, y : y + CROP, x : x + CROP]
-        for picture, (y, x) in zip(pictures, corners, strict=True)
-    ]
+    corners = rng.integers((SIZE - CROP) // PATCH + 1, size=(number, CANDIDATES, 2)) * PATCH
+    cut = []
+    for picture, places in zip(pictures, corners, strict=True):
+        candidates = [picture[:, y : y + CROP, x : x + CROP] for y, x in places]
+        cut.append(max(candidates, key=lambda crop: crop.std((1, 2)).sum()))
     return torch.stack(cut)
 
 
@@ -39,10 +43,16 @@ def gradient_difference(drawn: Tensor, truth: Tensor) -> Tensor:
 class VAETask:
     """Train one half of a TAESD, `part` "decoder" or "encoder", for `distill.loop.train`."""
 
-    def __init__(self, part: str, network: nn.Module, code: LatentCode, batch=16, device="cpu"):
-        self.name, self.batch, self.device = f"vae {part}", batch, torch.device(device)
+    batch = 16
+
+    def __init__(
+        self, part: str, network: nn.Module, code: LatentCode, device="cpu", compiled=False
+    ):
+        self.name, self.device = f"vae {part}", torch.device(device)
         self.part, self.network, self.code = part, network.to(self.device), code
         self.network.to(memory_format=torch.channels_last)
+        if compiled:
+            self.network.compile(dynamic=False)
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=0)
 
     def step(self, index: int, progress: float) -> Tensor:

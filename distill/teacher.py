@@ -5,7 +5,7 @@
 What is this trainer's own, for two CPU cores as well as a GPU: hidden matrices learn by Muon, the
 rest by AdamW; the 61 tokens of padding that follow a short prompt are cut off in most steps (a
 causal text model does not notice; the MMDiT learns to ignore how many there are, and sees all 77
-in every eighth step and towards the end).
+now and then, and in every step towards the end).
 """
 
 from collections.abc import Callable, Sequence
@@ -30,22 +30,22 @@ class TeacherConfig:
     text_width: int = 128
     text_layers: int = 3
     text_heads: int = 4
-    batch: int = 128
+    batch: int = 64
     muon_rate: float = 2e-3  # scaled to AdamW's size of update
     adam_rate: float = 1e-3
     decay: float = 0.02  # weight decay of the hidden matrices
     warmup: int = 100  # steps
-    plateau: float = 0.4  # share of the budget before the rates fall linearly to zero
+    plateau: float = 0.5  # share of the budget before the rates fall linearly to zero
     ema: float = 0.998
     clip: float = 1.0  # norm of the gradient
-    shift: float = 1.5  # of the logit-normal noise levels (SD3, arXiv 2403.03206, 3.1)
+    shift: float = 3.0  # of the logit-normal noise levels (SD3, arXiv 2403.03206, 3.1)
     empty_prompt: float = 0.1  # share of captions dropped, for guidance
     unknown_token: float = (
         0.02  # share of tokens replaced by zero, so that unknown words do no harm
     )
     short_context: int = 16  # tokens kept in most steps
-    full_every: int = 8  # steps
-    full_from: float = 0.8  # share of the budget after which every step sees all 77 tokens
+    full_every: int = 32  # steps
+    full_from: float = 0.97  # share of the budget after which every step sees all 77 tokens
     compiled: bool = False  # torch.compile the blocks: a fifth faster, needs a C++ compiler
     seed: int = 0
 

@@ -1,0 +1,56 @@
+"""What `python -m demo` does once ComfyUI is importable; see `__main__` for the options."""
+
+from argparse import Namespace
+from functools import partial
+
+from PIL import Image
+
+from ..distill.teacher import TeacherConfig
+from ..flow import uniform
+from . import recipe
+from .evaluate import contact_sheet, draw_pictures, score_captions
+from .export import PRESET
+from .export import export as write_files
+from .score import rates
+from .shipped import MODELS, load_shipped
+
+
+def train(options: Namespace) -> None:
+    """Train all stages, or one; after the whole training the files are written."""
+    minutes = 120.0 if options.minutes is options.samples is None else options.minutes
+    stages = [options.only] if options.only else list(recipe.STAGES)
+    config = TeacherConfig(compiled=options.compile)
+    recipe.train_stages(options.folder, stages, minutes, options.samples, options.device, config)
+    if not options.only:
+        export(options)
+
+
+def export(options: Namespace) -> None:
+    """Write the three GGUF files from the checkpoints, finished or not."""
+    model = recipe.load_flow_model(options.folder / "teacher.pt")
+    vae = recipe.load_vae(options.folder)
+    for path in write_files(model, vae, TeacherConfig(), options.models or MODELS):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def score(options: Namespace) -> None:
+    """Print the share of right pictures for each kind of caption."""
+    model, vae = load_shipped(options.models or MODELS, vocabulary=tuple(recipe.vocabulary()))
+    model, decoder = model.to(options.device), vae.to(options.device).taesd_decoder
+    sigmas = PRESET.sigmas(options.steps)
+    if options.shift is not None:
+        sigmas = uniform(options.steps, options.shift)
+    gain = recipe.DECODER_GAIN
+    draw = partial(
+        draw_pictures, model, lambda z: decoder(z * gain), sigmas=sigmas, cfg=options.cfg
+    )
+    shown = []
+    for kind in options.kinds:
+        _, pictures, verdicts = score_captions(
+            draw, options.captions, kind, held_out=not options.seen
+        )
+        shown += pictures[:10]
+        parts = "  ".join(f"{name} {share:.1%}" for name, share in rates(verdicts).items())
+        print(f"{kind:7} {options.captions} captions, {options.steps} steps: {parts}", flush=True)
+    if options.sheet:
+        Image.fromarray(contact_sheet(shown)).save(options.sheet)

@@ -1,0 +1,38 @@
+"""Read the three GGUF files that ship back into the modules they were trained in."""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..distill.teacher import FlowModel, TeacherConfig
+from ..host import modules
+from ..quant import GGUFFile, dequantize
+from .export import FILES
+
+MODELS = Path(__file__).parent / "models"
+_TABLE = "text_model.embeddings.token_embedding.weight"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a GGUF file, dequantised to float32."""
+    file = GGUFFile(path)
+    return {
+        name: dequantize(file.blocks(name), info.qtype, info.shape)
+        if info.is_quantized
+        else file.tensor(name).float()
+        for name, info in file.tensors.items()
+    }
+
+
+def load_shipped(
+    folder: Path = MODELS, config: TeacherConfig | None = None, vocabulary: tuple[int, ...] = ()
+) -> tuple[FlowModel, nn.Module]:
+    """The flow model, whose token table holds `vocabulary`, and the VAE below `folder`."""
+    model = FlowModel(config or TeacherConfig(), vocabulary)
+    text = read_weights(folder / FILES["text"])
+    model.text.table.data[1:] = text.pop(_TABLE)[model.text.ids]
+    model.text.clip.load_state_dict(text, strict=False)  # but for the table, taken above
+    model.mmdit.load_state_dict(read_weights(folder / FILES["mmdit"]))
+    vae = modules.build_taesd()
+    vae.load_state_dict(read_weights(folder / FILES["vae"]))
+    return model.eval().requires_grad_(False), vae.eval().requires_grad_(False)
