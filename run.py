@@ -249,11 +249,8 @@ def try_lock(file):
 
 def make_environment():
     """Make .venv, unless its Python runs and has pip."""
-    works = (
-        PYTHON.exists()
-        and subprocess.call([PYTHON, "-c", "import pip"], stderr=subprocess.DEVNULL) == 0
-    )
-    if not works:
+    probe = [PYTHON, "-c", "import pip"]
+    if not PYTHON.exists() or subprocess.call(probe, stderr=subprocess.DEVNULL):
         run_step("Making .venv", [sys.executable, "-m", "venv", "--clear", VENV])
 
 
@@ -396,7 +393,7 @@ class Host:
     def __init__(self, comfyui, base, python=PYTHON, arguments=(), output=None):
         self.comfyui, self.base, self.python, self.arguments = comfyui, base, python, arguments
         self.output = output
-        self.process = self.url = None
+        self.process = self.url = self.events = None
 
     def __enter__(self):
         link_pack(self.base)
@@ -447,7 +444,7 @@ class Host:
                 if "attempting to bind on address" in self.log_text():
                     return False
                 raise Failure(f"ComfyUI stopped while starting.\n{self.log_tail()}")
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Failure):
                 if self.scratch.name in json.dumps(self.get("/system_stats")):  # among its argv
                     return True
             time.sleep(0.2)
@@ -482,56 +479,52 @@ class Host:
         return self.send(path, json.dumps(content).encode())
 
     def send(self, path, body=None):
-        request = urllib.request.Request(
-            self.url + path, body, headers={"Content-Type": "application/json"}
-        )
-        with HTTP.open(request, timeout=60) as answer:
-            content = answer.read()
-            return (
-                json.loads(content) if answer.headers.get_content_subtype() == "json" else content
-            )
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.url + path, body, headers)
+        try:
+            with HTTP.open(request, timeout=60) as answer:
+                content = answer.read()
+        except urllib.error.HTTPError:
+            raise
+        except OSError as error:
+            raise Failure(f"ComfyUI does not answer: {error}\n{self.log_tail()}") from None
+        return json.loads(content) if answer.headers.get_content_subtype() == "json" else content
 
     def require_nodes(self, names):
         """Raise Failure if ComfyUI lacks one of these node ids."""
         missing = sorted(set(names) - set(self.get("/object_info")))
         if missing:
-            raise Failure(f"ComfyUI has no node {', '.join(missing)}.\n{self.log_tail()}")
+            pack = r"Traceback(?:(?!Traceback).)*Cannot import [^\n]*|[^\n]*comfy_entrypoint[^\n]*"
+            told = "\n".join(re.findall(pack, self.log_text(), re.DOTALL)).splitlines()
+            why = f"{tail(told)}The whole log: {self.log}" if told else self.log_tail()
+            raise Failure(f"ComfyUI has no node {', '.join(missing)}.\n{why}")
 
-    def queue(self, graph, client="run.py"):
-        """Queue an API-format graph; return its id. Raises Failure naming each refused node."""
+    def run(self, graph, on_step=None):
+        """Run an API-format graph; return what each node put out: {id: {"images": […], …}}.
+
+        `on_step(value, total)` is called as samplers report progress. Raises Failure that names the
+        node which ComfyUI refused or which failed.
+        """
+        self.events = self.events or listen(self.url, client="run.py")
         try:
-            return self.post("/prompt", {"prompt": graph, "client_id": client})["prompt_id"]
+            job = self.post("/prompt", {"prompt": graph, "client_id": "run.py"})["prompt_id"]
         except urllib.error.HTTPError as error:
             raise Failure(describe_refusal(graph, json.loads(error.read()))) from None
-
-    def finish(self, prompt_id, graph, events=None, on_event=print):
-        """Wait for the end; return what each node put out. Raises Failure with the node's error."""
-        events = events or queue.Queue()
         while True:
             with contextlib.suppress(queue.Empty):
-                on_event(events.get(timeout=0.2))
-            if self.process.poll() is not None:
-                raise Failure(f"ComfyUI stopped while drawing.\n{self.log_tail()}")
-            entry = self.get(f"/history/{prompt_id}").get(prompt_id)
-            if entry and events.empty():
-                if entry["status"]["status_str"] != "success":
-                    raise Failure(describe_error(graph, entry["status"]["messages"]))
+                event = self.events.get(timeout=0.2)
+                if on_step and event["type"] == "progress" and event["data"]["prompt_id"] == job:
+                    on_step(event["data"]["value"], event["data"]["max"])
+            entry = self.get(f"/history/{job}").get(job) if self.events.empty() else None
+            if entry and entry["status"]["status_str"] == "success":
                 return entry["outputs"]
+            if entry:
+                raise Failure(describe_error(graph, entry["status"]["messages"]))
 
-    def run(self, graph):
-        """Queue a graph and return what each node put out: {node id: {"images": [...], ...}}."""
-        return self.finish(self.queue(graph), graph)
-
-    def draw(self, graph, on_step):
-        """Queue a graph and return the PNG of each image that it saves or previews."""
-        events = listen(self.url, client="run.py")
-
-        def on_event(event):
-            if event["type"] == "progress":
-                on_step(event["data"]["value"], event["data"]["max"])
-
-        outputs = self.finish(self.queue(graph), graph, events, on_event)
-        images = [image for output in outputs.values() for image in output.get("images", [])]
+    def draw(self, graph, on_step=None):
+        """Run a graph; return the PNG of each image that it saves or previews."""
+        outputs = self.run(graph, on_step).values()
+        images = [image for output in outputs for image in output.get("images", [])]
         if not images:
             raise Failure("This workflow gives no image. Let it end in Save Image.")
         return [self.get("/view", **image) for image in images]
@@ -560,14 +553,14 @@ def listen(url, client):
     def read():
         with connection, stream, contextlib.suppress(OSError):  # the end of ComfyUI ends this
             while True:
-                first, second = stream.read(2) or (0, 0)
-                if not first:
+                header = stream.read(2)
+                if len(header) < 2:
                     return
-                length = second & 127
+                length = header[1] & 127
                 if length > 125:
                     length = int.from_bytes(stream.read(2 if length == 126 else 8), "big")
                 payload = stream.read(length)
-                if first & 15 == 1:
+                if header[0] & 15 == 1:  # text
                     events.put(json.loads(payload))
 
     threading.Thread(target=read, daemon=True).start()
@@ -613,8 +606,9 @@ def read_workflow(path):
             " Workflow > Export (API); --workflow takes that file."
         )
     nodes = list(graph.values()) if isinstance(graph, dict) else []
-    if not nodes or not all(isinstance(node, dict) and "class_type" in node for node in nodes):
-        raise Failure(f"{path} is no API-format workflow: a node without class_type.")
+    needed = {"class_type", "inputs"}
+    if not nodes or not all(isinstance(node, dict) and needed <= node.keys() for node in nodes):
+        raise Failure(f"{path} is no API-format workflow: a node has class_type and inputs.")
     return graph
 
 

@@ -20,6 +20,9 @@ STAND_IN = """
 import http.server, json, sys
 if "--die" in sys.argv:
     sys.exit("no such model")
+print("Traceback (most recent call last):\\n  other pack\\nKeyError: 'a'")
+print("Traceback (most recent call last):\\n  our line\\nImportError: no gguf")
+print("Cannot import custom_nodes/fewstep module for custom nodes: no gguf", flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -261,6 +264,17 @@ def test_a_host_that_dies_shows_its_last_words_and_keeps_its_log(comfyui):
         pass
     assert host.log.exists()
     shutil.rmtree(host.scratch)
+
+
+def test_a_pack_that_comfyui_could_not_import_shows_its_traceback(comfyui):
+    with (
+        pytest.raises(run.Failure, match=r"no node FewStepSample") as raised,
+        make_host(comfyui) as host,
+    ):
+        host.require_nodes({"FewStepSample"})
+    shutil.rmtree(host.scratch)
+    assert "our line" in str(raised.value) and "ImportError: no gguf" in str(raised.value)
+    assert "other pack" not in str(raised.value)
 
 
 def test_a_port_that_was_taken_meanwhile_is_changed(comfyui):
