@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distill.loop import Budget, load_checkpoint, train
+from ..distill.loop import Budget, load_checkpoint, save_atomically, train
 from ..distill.teacher import FlowModel, TeacherConfig, TeacherTask
 from ..host import modules
 from .captions import VOCABULARY, draw_captions, spoken
@@ -39,9 +39,20 @@ def training_batch(code: LatentCode, batch: int, index: int) -> tuple[Tensor, Te
     return code.encode(draw(captions, rng)), tokens
 
 
-def stage_task(stage: str, device: str = "cpu", config: TeacherConfig | None = None):
+def latent_code(folder: Path) -> LatentCode:
+    """The map to latents that every stage trained in `folder` shares; fitted when first asked."""
+    path = folder / "latents.pt"
+    if not path.exists():
+        code = fit_latent_code()
+        save_atomically({"weight": code.weight, "bias": code.bias}, path)
+    return LatentCode(**load_checkpoint(path))
+
+
+def stage_task(
+    stage: str, code: LatentCode, device: str = "cpu", config: TeacherConfig | None = None
+):
     """The task of one of STAGES for `distill.loop.train`, with fresh weights."""
-    code, config = fit_latent_code(), config or TeacherConfig()
+    config = config or TeacherConfig()
     torch.manual_seed(0)
     if stage == "teacher":
         data = partial(training_batch, code, config.batch)
@@ -59,7 +70,7 @@ def train_stages(
     config: TeacherConfig | None = None,
 ) -> None:
     """Train stages to the end of their share of the budget; what `folder` holds is gone on from."""
-    stages = tuple(stages)
+    stages, code = tuple(stages), latent_code(folder)
     whole = sum(STAGES[stage][0] for stage in stages)
     for stage in stages:
         by_time, by_samples = STAGES[stage]
@@ -67,7 +78,7 @@ def train_stages(
             budget = Budget(minutes=minutes * by_time / whole)
         else:
             budget = Budget(samples=int(samples * by_samples))
-        train(stage_task(stage, device, config), folder / f"{stage}.pt", budget)
+        train(stage_task(stage, code, device, config), folder / f"{stage}.pt", budget)
 
 
 def load_flow_model(path: Path, config: TeacherConfig | None = None) -> FlowModel:

@@ -2,7 +2,8 @@
 
 Every shape is a signed distance in its own units (negative inside, 1 = the object's radius), and
 the coverage of a pixel is `0.5 - distance in pixels`; only the window around an object is computed.
-Objects are placed in disjoint boxes: they can neither overlap nor leave the picture.
+Objects keep near fixed spots, so that they can neither overlap nor leave the picture, and so that a
+small model has less to learn.
 """
 
 import math
@@ -15,48 +16,32 @@ from torch import Tensor
 from .captions import PALETTE, Caption
 
 SIZE = 128  # pixels, the side of every picture
-MARGIN = 4  # pixels kept free at the border and between boxes
 
-_FAR, _MID = SIZE - MARGIN, SIZE // 2
-_LOW, _HIGH = _MID - MARGIN // 2, _MID + MARGIN // 2
-_THIRDS = ((MARGIN, 42), (46, 82), (86, _FAR))
-_ALL = (MARGIN, _FAR)
-# Boxes (x0, x1, y0, y1) in pixels; `_flip` mirrors a layout at the diagonal.
-_SINGLE = [[(*_ALL, *_ALL)]]
-_BESIDE = [(MARGIN, _LOW, 36, 92), (_HIGH, _FAR, 36, 92)]
-_HALVES = [(MARGIN, _LOW, *_ALL), (_HIGH, _FAR, *_ALL)]
-_ROW = [(*third, *_ALL) for third in _THIRDS]
-_ONE_TWO = [(*_ALL, MARGIN, _LOW), (MARGIN, _LOW, _HIGH, _FAR), (_HIGH, _FAR, _HIGH, _FAR)]
-_TWO_ONE = [(*_ALL, _HIGH, _FAR), (MARGIN, _LOW, MARGIN, _LOW), (_HIGH, _FAR, MARGIN, _LOW)]
-_RADII = {"single": (22, 46), "pair": (16, 26), 2: (16, 26), 3: (14, 20)}
-
-
-def _flip(layout):
-    return [(y0, y1, x0, x1) for x0, x1, y0, y1 in layout]
-
-
-_COUNTED = {
-    2: [_HALVES, _flip(_HALVES)],
-    3: [_ROW, _flip(_ROW), _ONE_TWO, _TWO_ONE, _flip(_ONE_TWO), _flip(_TWO_ONE)],
+# Where objects lie, give or take JITTER: (x, y) in pixels from the top left.
+_CENTRE = [(64, 64)]
+_BESIDE = [(34, 64), (94, 64)]
+_STACKED = [(64, 34), (64, 94)]
+_ONE_ABOVE_TWO = [(64, 34), (34, 94), (94, 94)]
+_TWO_ABOVE_ONE = [(34, 34), (94, 34), (64, 94)]
+_LAYOUTS = {1: [_CENTRE], 2: [_BESIDE, _STACKED], 3: [_ONE_ABOVE_TWO, _TWO_ABOVE_ONE]}
+_RELATED = {
+    "left of": _BESIDE,
+    "right of": _BESIDE[::-1],
+    "above": _STACKED,
+    "below": _STACKED[::-1],
 }
+JITTER = {1: 10, 2: 4, 3: 4}  # pixels each way, by the number of objects
+RADIUS = {1: (28, 44), 2: (17, 24), 3: (15, 24)}  # pixels
 
 
 def place(caption: Caption, rng: np.random.Generator) -> list[tuple[float, float, float]]:
     """Centre x, centre y and radius in pixels of each of a caption's objects."""
-    if caption.kind == "single":
-        layouts, radii = _SINGLE, _RADII["single"]
-    elif caption.kind == "pair":
-        layout = _BESIDE if caption.relation in ("left of", "right of") else _flip(_BESIDE)
-        first = 1 if caption.relation in ("left of", "above") else -1
-        layouts, radii = [layout[::first]], _RADII["pair"]
-    else:
-        layouts, radii = _COUNTED[len(caption.objects)], _RADII[len(caption.objects)]
-    placed = []
-    for x0, x1, y0, y1 in layouts[rng.integers(len(layouts))]:
-        radius = rng.uniform(radii[0], min(radii[1], (x1 - x0) / 2, (y1 - y0) / 2))
-        x, y = rng.uniform(x0 + radius, x1 - radius), rng.uniform(y0 + radius, y1 - radius)
-        placed.append((float(x), float(y), float(radius)))
-    return placed
+    number = len(caption.objects)
+    layouts = [_RELATED[caption.relation]] if caption.relation else _LAYOUTS[number]
+    spots = np.array(layouts[rng.integers(len(layouts))])
+    centres = spots + rng.uniform(-JITTER[number], JITTER[number], spots.shape)
+    radii = rng.uniform(*RADIUS[number], number)
+    return [(*map(float, centre), float(r)) for centre, r in zip(centres, radii, strict=True)]
 
 
 def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
