@@ -15,6 +15,7 @@ from .schedules import FORMULAS, check_sigmas, compute, flux2_mu, resample, shif
 
 log = logging.getLogger(__name__)
 
+MAX_STEPS = 1000  # a default beyond is a mistake in a file
 T5_MODES = ("auto", "encode", "omit", "zeros77", "zeros256")
 SURE = {
     "H": "read in the primary source or its code",
@@ -80,8 +81,8 @@ class Preset:
         for field, rows in (("sigmas", self.rows), ("latent_sides", self.latent_sides)):
             if len({len(row) for row in rows}) < len(rows):
                 raise ValueError(f"{field} has two rows for one number of steps: keep one.")
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}: it must be 1 or more.")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps is {self.steps}: it must lie between 1 and {MAX_STEPS}.")
         if self.shift is not None and not 0 < self.shift < float("inf"):
             raise ValueError(f"shift is {self.shift}: it must be above 0 (1 for none).")
         if not 0 < self.cfg < float("inf"):
@@ -94,6 +95,8 @@ class Preset:
             raise ValueError(
                 f"latent_sides is {self.latent_sides}: whole numbers above 0 are meant."
             )
+        if not all(row and list(row) == sorted(row) for row in self.latent_sides):
+            raise ValueError(f"latent_sides is {self.latent_sides}: a latent only grows.")
 
     def sigmas(self, steps=None, tokens=None, shift=None, denoise=1.0):
         """The schedule as a float32 tensor (steps+1,) falling to 0.

@@ -97,7 +97,7 @@ def step_sizes(x, sigmas, sides, denoise_mask):
             "A noise mask does not fit a schedule that enlarges the latent between its steps. "
             "Remove the mask, lower denoise below 1, or choose another preset."
         )
-    sizes = [(round(height * side / row[-1]), round(width * side / row[-1])) for side in row]
+    sizes = [tuple(max(1, round(n * side / row[-1])) for n in (height, width)) for side in row]
     return [*sizes, (height, width)]
 
 

@@ -27,8 +27,11 @@ def load_user_presets(path, taken=()):
     if not path.exists():
         return ()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_twins)
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, a twin
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors begin files with a mark
+        rows = json.loads(text, object_pairs_hook=without_twins)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError, a twin
         raise ValueError(f"{path}: {error}. Correct the JSON there.") from None
     if not isinstance(rows, dict):
         raise ValueError(f'{path}: expected {{"name": {{…}}, …}}, found {type(rows).__name__}.')
@@ -38,7 +41,7 @@ def load_user_presets(path, taken=()):
             if name in taken:
                 raise ValueError("a built-in preset has this name: choose another.")
             presets.append(preset_from_row(name, row))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{path}: preset {name!r}: {error}") from None
     return tuple(presets)
 

@@ -10,8 +10,9 @@ import comfy.utils
 import torch
 from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 from comfy_kitchen.tensor import get_layout_class
+from safetensors import SafetensorError
 
-from ..quant import GGUFError, GGUFFile, dequantize
+from ..quant import GGUFError, GGUFFile, dequantize, sniff
 from . import names
 from .layout import is_gguf, wrap
 from .tokenizer import sentencepiece_model
@@ -34,10 +35,24 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict]:
 
     Raises: GGUFError for a damaged GGUF file; ValueError for any other kind of file.
     """
-    if not path.endswith(SAFE):
+    if not is_safetensors(path):
         return read_gguf(path)
-    state_dict, metadata = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
-    return state_dict, metadata or {}
+    try:
+        state_dict, header = comfy.utils.load_torch_file(path, safe_load=True, return_metadata=True)
+    except (SafetensorError, ValueError) as error:
+        with open(path, "rb") as file:
+            head = file.read(32)
+        what = "cut short or damaged: download again"
+        if head.startswith(b"GGUF"):
+            what = "a GGUF file: rename it to .gguf"
+        elif head and head[8:9] != b"{":
+            what = sniff.describe(head)
+        raise ValueError(f"{path} is no whole safetensors file; it seems to be {what}") from error
+    return state_dict, header or {}
+
+
+def is_safetensors(path: str) -> bool:
+    return path.lower().endswith(SAFE)
 
 
 def read_gguf(path: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -51,13 +66,14 @@ def read_gguf(path: str) -> tuple[dict[str, torch.Tensor], dict]:
             tensor = wrap(file.blocks(name), info.qtype, info.shape)
         else:
             tensor = dequantize(file.blocks(name), info.qtype, info.shape)
-        if tensor.is_floating_point() and tensor.numel() <= SMALL and not info.is_quantized:
-            _check_finite(path, name, tensor)
+        if not is_gguf(tensor) and (tensor.numel() <= SMALL or info.is_quantized):
+            check_finite(path, name, tensor)
         state_dict[name] = tensor
     return state_dict, file.metadata
 
 
-def _check_finite(path, name, tensor):
+def check_finite(path: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises: GGUFError naming file and tensor if a value is NaN or infinite."""
     if not tensor.isfinite().all():
         raise GGUFError(
             f"{path}: tensor {name} holds NaN or infinity. The file is damaged or was badly "
@@ -69,7 +85,7 @@ def rename_text_encoder(path: str, state_dict: dict, metadata: dict) -> dict[str
     """A text model with llama.cpp's names -> the host's names; any other state dict as it is."""
     if not names.is_llama_cpp(state_dict):
         return state_dict
-    architecture = metadata.get("general.architecture", "")
+    architecture = str(metadata.get("general.architecture"))
     renamed = {}
     for name, tensor in state_dict.items():
         new = names.text_encoder_name(name, architecture)
@@ -89,10 +105,11 @@ def rename_text_encoder(path: str, state_dict: dict, metadata: dict) -> dict[str
 
 
 def _unpermute(path, name, tensor, heads):
-    if not isinstance(heads, int):
+    if not isinstance(heads, int) or heads < 1 or len(tensor) % (2 * heads):
         raise GGUFError(
-            f"{path}: tensor {name} needs llama.attention.head_count(_kv), which the file "
-            "lacks. Get a file converted by llama.cpp's convert_hf_to_gguf.py."
+            f"{path}: tensor {name} of {len(tensor)} rows does not fit the file's "
+            f"llama.attention.head_count(_kv), which is {heads}. Get a file converted by "
+            "llama.cpp's convert_hf_to_gguf.py."
         )
     if not is_gguf(tensor):
         return names.unpermute_rows(tensor, heads)
@@ -146,6 +163,8 @@ def wrong_kind(path: str, state_dict: dict, metadata: dict, wanted: str) -> Valu
     kind = kind_of(state_dict)
     if kind is not None and kind != wanted:
         return ValueError(f"{path} holds a {kind}, not a {wanted}: load it with '{LOADERS[kind]}'.")
+    if not state_dict:
+        return ValueError(f"{path} holds no tensors: get another file.")
     tag = metadata.get("general.architecture")
     first = ", ".join(list(state_dict)[:3])
     said = f"architecture tag '{tag}', first tensors {first}"

@@ -1,4 +1,4 @@
-"""Where model files lie: the host's folders, the `.gguf` files its lists leave out, and our own."""
+"""Where model files lie: the host's folders, the users' GGUF folders, and the files that ship."""
 
 import os
 
@@ -6,26 +6,30 @@ import folder_paths
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHIPPED = os.path.join(ROOT, "demo", "models")
+EXTENSIONS = {".gguf", ".safetensors", ".sft"}
 
-# the host's folder key -> the key that users' configurations name for its GGUF files
+# the host's folder key -> the key that users' configurations name for GGUF files (ComfyUI-GGUF's)
 KEYS = {"diffusion_models": "unet_gguf", "text_encoders": "clip_gguf", "vae": "vae_gguf"}
 
 
-def register() -> None:
-    """Makes `.gguf` files of the host's model folders, and the shipped ones, known to the host.
+def model_key(key: str) -> str:
+    """Our own folder key for a key of `KEYS`, brought up to date: all folders that hold such files.
 
-    Adds folder keys (the same that ComfyUI-GGUF uses) and leaves the host's own lists as they are.
+    The host's lists leave `.gguf` out and stay as they are; so do the keys of other packs.
     """
-    for key, gguf_key in KEYS.items():
-        for path in [*folder_paths.get_folder_paths(key), os.path.join(SHIPPED, key)]:
-            folder_paths.add_model_folder_path(gguf_key, path)
-        folder_paths.folder_names_and_paths[gguf_key][1].add(".gguf")
+    paths = list(folder_paths.get_folder_paths(key))
+    if KEYS[key] in folder_paths.folder_names_and_paths:
+        paths += folder_paths.get_folder_paths(KEYS[key])
+    paths.append(os.path.join(SHIPPED, key))
+    own = f"fewstep_{key}"
+    folder_paths.folder_names_and_paths[own] = (list(dict.fromkeys(paths)), EXTENSIONS)
+    return own
 
 
 def model_names(key: str) -> list[str]:
     """Files of a kind (a key of `KEYS`) that our loaders read, GGUF first, for an input's list."""
-    safe = [n for n in folder_paths.get_filename_list(key) if n.endswith((".safetensors", ".sft"))]
-    return folder_paths.get_filename_list(KEYS[key]) + safe
+    names = folder_paths.get_filename_list(model_key(key))
+    return sorted(names, key=lambda name: not name.lower().endswith(".gguf"))
 
 
 def model_path(key: str, name: str) -> str:
@@ -33,10 +37,10 @@ def model_path(key: str, name: str) -> str:
 
     Raises: FileNotFoundError naming the file and the folders that were searched.
     """
-    folder = KEYS[key] if name.lower().endswith(".gguf") else key
-    path = folder_paths.get_full_path(folder, name)
+    own = model_key(key)
+    path = folder_paths.get_full_path(own, name)
     if path is None:
-        searched = ", ".join(folder_paths.get_folder_paths(folder))
+        searched = ", ".join(folder_paths.get_folder_paths(own))
         raise FileNotFoundError(
             f"{name} is not there any more. Put it into one of these folders, press R: {searched}"
         )

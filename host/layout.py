@@ -36,10 +36,17 @@ class GGUFLayout(QuantizedLayout):
         """(…, row) float -> blocks. The host's options (`scale`, `stochastic_rounding`) have no
         meaning for ggml blocks: their scales follow from the values alone.
 
-        Raises: NotImplementedError for the types that gguf-py cannot write.
+        Raises: ValueError for the types that gguf-py cannot write.
         """
         rows = tensor.detach().float().cpu().reshape(-1, tensor.shape[-1])
-        qdata = torch.from_numpy(quants.quantize(rows.numpy(), qtype))
+        try:
+            qdata = torch.from_numpy(quants.quantize(rows.numpy(), qtype))
+        except NotImplementedError as error:
+            raise ValueError(
+                f"A {qtype.name} weight cannot take a LoRA in place, as LoRA hooks and saving a "
+                "partly loaded model ask for. Load the LoRA with an ordinary LoRA loader, or take "
+                "a Q8_0 file."
+            ) from error
         params = cls.Params(orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape), qtype=qtype)
         return qdata.to(tensor.device), params
 

@@ -9,7 +9,15 @@ import torch
 
 from ..flow import preset_from_metadata
 from ..quant import dequantize
-from .files import SAFE, adopt_fp8, is_diffusion_model, read, rename_text_encoder, wrong_kind
+from .files import (
+    adopt_fp8,
+    check_finite,
+    is_diffusion_model,
+    is_safetensors,
+    read,
+    rename_text_encoder,
+    wrong_kind,
+)
 from .layout import is_gguf
 from .ops import gguf_ops
 
@@ -17,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PRESET = "fewstep"  # the attachment of a MODEL that holds its checkpoint's Preset
 TEXT_CONFIG = "fewstep.text_encoder."
+WRITE_AGAIN = "Write the file again with the sizes that the encoder has."
 CLIP_TYPES = sorted((t.name.lower() for t in comfy.sd.CLIPType), key=lambda name: name != "sd3")
 
 
@@ -29,12 +38,16 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False):
     if not is_diffusion_model(state_dict):
         raise wrong_kind(path, state_dict, metadata, "diffusion model")
     preset = _preset(path, metadata)
-    options = {} if path.endswith(SAFE) else {"custom_operations": gguf_ops(path)}
-    text_metadata = {k: v for k, v in metadata.items() if isinstance(v, str)}
+    operations = None if is_safetensors(path) else gguf_ops(path)
     log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
     model = comfy.sd.load_diffusion_model_state_dict(
-        state_dict, model_options=options, metadata=text_metadata, disable_dynamic=disable_dynamic
+        state_dict,
+        model_options={"custom_operations": operations},
+        metadata=_texts(metadata),
+        disable_dynamic=disable_dynamic,
     )
+    if operations is not None:
+        operations.gguf_file.check_complete()
     model.cached_patcher_init = (load_diffusion_model, (path,))
     if preset is not None:
         model.set_attachments(PRESET, preset)
@@ -52,7 +65,7 @@ def load_text_encoders(
 
     Raises: ValueError (GGUFError) naming the file and the remedy.
     """
-    state_dicts, options = [], {}
+    state_dicts, options, operations = [], {}, None
     for path in paths:
         state_dict, metadata = read(path)
         state_dict = rename_text_encoder(path, state_dict, metadata)
@@ -60,12 +73,13 @@ def load_text_encoders(
         if comfy.sd.detect_te_model(state_dict) is None:
             raise wrong_kind(path, state_dict, metadata, "text encoder")
         log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
-        options.update(_encoder_config(state_dict, metadata))
+        options.update(_encoder_config(path, state_dict, metadata))
         state_dicts.append(state_dict)
-    if not all(path.endswith(SAFE) for path in paths):
+    if not all(map(is_safetensors, paths)):
         for path, state_dict in zip(paths, state_dicts, strict=True):
             adopt_fp8(path, state_dict)
-        options["custom_operations"] = gguf_ops(", ".join(map(os.path.basename, paths)))
+        operations = gguf_ops(", ".join(map(os.path.basename, paths)))
+        options["custom_operations"] = operations
     if cpu:
         options["load_device"] = options["offload_device"] = torch.device("cpu")
     clip = comfy.sd.load_text_encoder_state_dicts(
@@ -75,6 +89,8 @@ def load_text_encoders(
         model_options=options,
         disable_dynamic=disable_dynamic,
     )
+    if operations is not None:
+        operations.gguf_file.check_complete()
     again = (paths, clip_type, cpu, embedding_directory)
     clip.patcher.cached_patcher_init = (_text_encoder_patcher, again)
     return clip
@@ -91,7 +107,9 @@ def load_vae(path: str):
     """
     state_dict, metadata = read(path)
     dense = {name: _dense(tensor) for name, tensor in state_dict.items()}
-    vae = comfy.sd.VAE(sd=dense, metadata={k: v for k, v in metadata.items() if isinstance(v, str)})
+    for name, tensor in dense.items():
+        check_finite(path, name, tensor)
+    vae = comfy.sd.VAE(sd=dense, metadata=_texts(metadata))
     if vae.first_stage_model is None:
         raise wrong_kind(path, state_dict, metadata, "VAE")
     return vae
@@ -108,6 +126,14 @@ def summary(state_dict: dict[str, torch.Tensor]) -> str:
     return f"{len(state_dict)} tensors, {size / 1e9:.2f} GB: {types}"
 
 
+def _texts(metadata) -> dict[str, str]:
+    """What the host understands of a file's metadata: a safetensors header's text. GGUF's own keys
+    all have a dot, and some are long lists that are better left unread.
+    """
+    keys = metadata if isinstance(metadata, dict) else [key for key in metadata if "." not in key]
+    return {key: metadata[key] for key in keys if isinstance(metadata[key], str)}
+
+
 def _preset(path, metadata):
     try:
         return preset_from_metadata(metadata)
@@ -121,15 +147,20 @@ def _dense(tensor):
     return dequantize(tensor._qdata, tensor.params.qtype, tuple(tensor.shape))
 
 
-def _encoder_config(state_dict, metadata) -> dict:
+def _encoder_config(path, state_dict, metadata) -> dict:
     """Sizes that a file declares of itself, where they differ from the published encoders'.
 
     The host reads a CLIP's sizes from `model_config` (`text_encoders/long_clipl.py`) and a T5's
     from `t5xxl_model_config` (`sd1_clip.SDClipModel`).
     """
     start = len(TEXT_CONFIG)
-    sizes = {k[start:]: v for k, v in metadata.items() if k.startswith(TEXT_CONFIG)}
+    sizes = {key[start:]: metadata[key] for key in metadata if key.startswith(TEXT_CONFIG)}
     if not sizes:
         return {}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path}: {TEXT_CONFIG}{key} is {value!r}, not a size. {WRITE_AGAIN}")
+    if sizes.get("hidden_size", 0) % sizes.get("num_attention_heads", 1):
+        raise ValueError(f"{path}: {TEXT_CONFIG}*: heads do not divide the width. {WRITE_AGAIN}")
     t5 = any(name.startswith("encoder.block.") for name in state_dict)
     return {"t5xxl_model_config" if t5 else "model_config": sizes}

@@ -6,6 +6,8 @@ quantised weight cannot be copied into a float parameter, and a mapped file shou
 weight that the host patches is dequantised first; and a result that is not finite names its tensor.
 """
 
+import re
+
 import comfy.float
 import comfy.ops
 import torch
@@ -16,8 +18,35 @@ from .layout import is_gguf
 from .saving import SavedWeight
 
 
+class SourceFile:
+    """The file (or files) behind a model's weights: what was found, and errors that name it."""
+
+    def __init__(self, path: str):
+        self.path, self.loaded, self.missing = path, [], []
+
+    def check_complete(self) -> None:
+        """Raises: ValueError if a part of the model has only some of its weights: the host would
+        draw with zeros in place of the others. What is missing as a whole is optional.
+        """
+        for name in self.missing:
+            numbered = re.match(r"(.*?\.)\d+\.", name)
+            parent = numbered[1] if numbered else name.rpartition(".")[0].rpartition(".")[0] + "."
+            if parent != "." and any(loaded.startswith(parent) for loaded in self.loaded):
+                raise ValueError(
+                    f"{self.path}: tensor {name} is missing, though the rest of {parent}* is "
+                    "there. The file was badly converted: get another one."
+                )
+
+    def not_finite(self, name: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: tensor {name} holds NaN or infinity, so every picture made with it "
+            "would be black. The file is damaged or was badly converted: download it again or get "
+            "another quantisation of it."
+        )
+
+
 class _TakeOver:
-    """Mixin for operations whose weight may stay quantised."""
+    """Mixin for operations whose weight may stay quantised. `gguf_file` is their SourceFile."""
 
     gguf_patch = None
 
@@ -32,13 +61,15 @@ class _TakeOver:
             if old is None:
                 continue
             new = state_dict.get(prefix + name)
+            found = self.gguf_file.missing if new is None else self.gguf_file.loaded
+            found.append(prefix + name)
             if new is None:
                 missing_keys.append(prefix + name)
                 new = torch.zeros(old.shape, dtype=old.dtype)
             elif new.shape != old.shape:
                 raise ValueError(
-                    f"{self.gguf_source}: tensor {prefix}{name} has shape {tuple(new.shape)}, the "
-                    f"model needs {tuple(old.shape)}. The file was badly converted, or is of a "
+                    f"{self.gguf_file.path}: tensor {prefix}{name} has shape {tuple(new.shape)}, "
+                    f"the model needs {tuple(old.shape)}. The file was badly converted, or is of a "
                     "variant that this ComfyUI does not know: update ComfyUI or get another file."
                 )
             setattr(self, name, torch.nn.Parameter(new, requires_grad=False))
@@ -120,14 +151,9 @@ class _TakeOver:
 
     def check(self, input, weight, output):
         """Once a load: a weight that is not finite is named, instead of a silent black picture."""
-        if output.isfinite().all() or not input.isfinite().all() or weight.isfinite().all():
-            self.gguf_checked = True
-            return
-        raise ValueError(
-            f"{self.gguf_source}: tensor {self.gguf_name}weight holds NaN or infinity, so every "
-            "picture made with it would be black. The file is damaged or was badly converted: "
-            "download it again or get another quantisation of it."
-        )
+        if not output.isfinite().all() and input.isfinite().all() and not weight.isfinite().all():
+            raise self.gguf_file.not_finite(self.gguf_name + "weight")
+        self.gguf_checked = True
 
 
 class _Dense:
@@ -140,36 +166,34 @@ class _Dense:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def gguf_ops(source: str) -> type:
-    """The host's operations for one file, whose path `source` stands in error messages.
+def gguf_ops(path: str) -> type:
+    """The host's operations over the weights of one file; its `gguf_file` says what it found there.
 
     A class of its own for each file, so that nothing set for one model shows in another.
     """
     host = comfy.ops.manual_cast
 
-    class Conv(_TakeOver):
+    class TakeOver(_TakeOver):
+        gguf_file = SourceFile(path)
+
+    class Conv(TakeOver):
         def compute(self, input, weight, bias):
             return self._conv_forward(input, weight, bias)
 
     class GGUFOps(host):
-        class Linear(_TakeOver, host.Linear):
-            gguf_source = source
+        gguf_file = TakeOver.gguf_file
 
+        class Linear(TakeOver, host.Linear):
             def compute(self, input, weight, bias):
                 return torch.nn.functional.linear(input, weight, bias)
 
-        class Conv1d(Conv, host.Conv1d):
-            gguf_source = source
+        class Conv1d(Conv, host.Conv1d): ...
 
-        class Conv2d(Conv, host.Conv2d):
-            gguf_source = source
+        class Conv2d(Conv, host.Conv2d): ...
 
-        class Conv3d(Conv, host.Conv3d):
-            gguf_source = source
+        class Conv3d(Conv, host.Conv3d): ...
 
-        class Embedding(_TakeOver, host.Embedding):
-            gguf_source = source
-
+        class Embedding(TakeOver, host.Embedding):
             def forward_comfy_cast_weights(self, input, out_dtype=None):
                 """Only the rows asked for are dequantised."""
                 if self.gguf_patch is not None:
@@ -187,8 +211,15 @@ def gguf_ops(source: str) -> type:
                         out_dtype or weight.dtype,
                     ).reshape(*input.shape, self.embedding_dim)
                 else:
-                    return super().forward_comfy_cast_weights(input, out_dtype)
+                    return self.finite(
+                        host.Embedding.forward_comfy_cast_weights(self, input, out_dtype)
+                    )
                 self.uncast(weight, bias, stream)
+                return self.finite(rows)
+
+            def finite(self, rows):
+                if not rows.isfinite().all():
+                    raise self.gguf_file.not_finite(self.gguf_name + "weight")
                 return rows
 
         class ConvTranspose1d(_Dense, host.ConvTranspose1d): ...

@@ -14,11 +14,9 @@ README = ROOT / "README.md"
 def tables() -> dict[str, str]:
     """Marker name -> Markdown. ComfyUI must be importable (see `in_process`)."""
     from fewstep.flow import PRESETS
-    from fewstep.host import folders
     from fewstep.nodes import loaders, sampling, text
     from fewstep.quant import types_markdown
 
-    folders.register()
     nodes = [node.define_schema() for m in (loaders, text, sampling) for node in m.NODES]
     rows = [f"| **{n.display_name}** | {n.description} |" for n in nodes]
     node_table = "\n".join(["| Node | What it does |", "|---|---|", *rows])

@@ -60,3 +60,32 @@ def test_errors_name_file_row_field_and_remedy(tmp_path, content, said):
     with pytest.raises(ValueError, match=said) as caught:
         load_user_presets(path, taken={preset.name for preset in PRESETS})
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ('{"a": {"sigmas": [[1' + "0" * 400 + ", 0]]}}", "preset 'a'"),
+        ("[" * 100_000, "Correct the JSON"),
+        ('{"a": {"formula": "uniform", "shift": 1, "steps": 1000000000000}}', "between 1 and 1000"),
+        ('{"a": {"sigmas": [[1, 0.5, 0]], "latent_sides": [[64, 32]]}}', "a latent only grows"),
+        ('{"a": {"sigmas": [[1, 0.5, 0]], "latent_sides": [[]]}}', "a latent only grows"),
+    ],
+)
+def test_wild_numbers_are_refused_as_any_other_fault(tmp_path, content, said):
+    path = tmp_path / "presets.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        load_user_presets(path)
+
+
+def test_a_folder_in_the_files_place_is_named(tmp_path):
+    (tmp_path / "presets.json").mkdir()
+    with pytest.raises(ValueError, match=r"presets\.json cannot be read"):
+        load_user_presets(tmp_path / "presets.json")
+
+
+def test_windows_editors_mark_is_skipped(tmp_path):
+    path = tmp_path / "presets.json"
+    path.write_text('{"a": {"sigmas": [[1, 0.5, 0]]}}', encoding="utf-8-sig")
+    assert load_user_presets(path)[0].name == "a"

@@ -1,7 +1,6 @@
 """ComfyUI in this process for every test of the tier, before its modules are imported."""
 
 import torch
-
 from fewstep.tests import in_process
 
 in_process.prepare()

@@ -8,6 +8,7 @@ import torch
 from fewstep.host import loading, ops
 from fewstep.host.layout import is_gguf, wrap
 from fewstep.host.ops import gguf_ops
+from fewstep.quant import write_gguf
 from fewstep.tests.host import toys
 from gguf import GGMLQuantizationType as T
 from safetensors.torch import load_file, save_file
@@ -247,3 +248,84 @@ def test_inference_mode_does_not_matter(tmp_path, loads, samples):
     reference = with_lora(comfy.sd.load_diffusion_model_state_dict(dense))
     assert torch.equal(drawn, sample(reference))
     model.detach()
+
+
+@pytest.mark.parametrize("name", ["final_layer.linear.weight", QKV + ".weight"])
+def test_missing_tensor_is_named(tmp_path, name):
+    state_dict = toys.mmdit()
+    del state_dict[name]
+    toys.write(tmp_path / "m.gguf", "sd3", state_dict)
+    with pytest.raises(ValueError, match=rf"m\.gguf: tensor {name} is missing"):
+        loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+
+
+def test_text_encoder_without_a_projection_loads(tmp_path):
+    """Many CLIP files lack it; the host makes do."""
+    sizes = {f"fewstep.text_encoder.{k}": v for k, v in toys.CLIP_SIZES.items()}
+    state_dict = toys.clip_l()
+    del state_dict["text_projection.weight"]
+    toys.write(tmp_path / "l.gguf", "clip", state_dict, metadata=sizes)
+    assert loading.load_text_encoders([str(tmp_path / "l.gguf")]).tokenize("a")
+
+
+@pytest.mark.parametrize(
+    "sizes, said", [({"hidden_size": "big"}, "hidden_size"), ({"num_attention_heads": 7}, "heads")]
+)
+def test_odd_sizes_of_a_text_encoder_are_named(tmp_path, sizes, said):
+    sizes = {f"fewstep.text_encoder.{k}": v for k, v in (toys.CLIP_SIZES | sizes).items()}
+    toys.write(tmp_path / "l.gguf", "clip", toys.clip_l(), metadata=sizes)
+    with pytest.raises(ValueError, match=rf"l\.gguf: fewstep\.text_encoder.*{said}"):
+        loading.load_text_encoders([str(tmp_path / "l.gguf")])
+
+
+def nan_scale(tensor):
+    blocks, qtype, shape = toys.quantised(tensor, T.Q8_0)
+    blocks[0, :2] = torch.tensor([float("nan")], dtype=torch.float16).view(torch.uint8)
+    return blocks, qtype, shape
+
+
+def test_nan_in_the_scale_of_a_bias_an_embedding_and_a_vae_is_named(tmp_path):
+    state_dict = toys.mmdit()
+    path = str(tmp_path / "n.gguf")
+    state_dict[QKV + ".bias"] = (*nan_scale(state_dict[QKV + ".bias"][None])[:2], (384,))
+    write_gguf(path, "sd3", {}, state_dict.items())
+    with pytest.raises(ValueError, match=rf"n\.gguf: tensor {QKV}\.bias holds NaN"):
+        loading.load_diffusion_model(path)
+
+    sizes = {f"fewstep.text_encoder.{k}": v for k, v in toys.CLIP_SIZES.items()}
+    table = "text_model.embeddings.token_embedding.weight"
+    state_dict = toys.clip_l()
+    state_dict[table][49407, 0] = float("inf")
+    write_gguf(path, "clip", sizes, (state_dict | {table: state_dict[table].half()}).items())
+    clip = loading.load_text_encoders([path])
+    with pytest.raises(ValueError, match=rf"n\.gguf: tensor {table} holds NaN"):
+        clip.encode_from_tokens(clip.tokenize("a"))
+
+    vae = {"taesd_decoder.1.weight": torch.zeros(64, 16, 3, 3), "decoder.x.weight": torch.eye(32)}
+    vae["decoder.x.weight"] = nan_scale(vae["decoder.x.weight"])
+    write_gguf(path, "vae", {}, vae.items())
+    with pytest.raises(ValueError, match=r"n\.gguf: tensor decoder\.x\.weight holds NaN"):
+        loading.load_vae(path)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"", "download again"),
+        (b"GGUF" + bytes(40), "rename it to .gguf"),
+        (b"PK\3\4" + bytes(40), "no pickle is ever loaded"),
+        ((1 << 20).to_bytes(8, "little") + b'{"a":', "download again"),
+    ],
+)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_damaged_safetensors_is_named(tmp_path, loader, content, said):
+    (tmp_path / "s.SAFETENSORS").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"s\.SAFETENSORS is no whole.*{said}"):
+        LOADERS[loader](str(tmp_path / "s.SAFETENSORS"))
+
+
+def test_lora_hook_on_a_type_that_cannot_be_written_says_so(tmp_path):
+    blocks, qtype, shape = toys.random_blocks(torch.zeros(4, 256), T.Q4_K)
+    weight = wrap(blocks, qtype, shape)
+    with pytest.raises(ValueError, match="Q4_K weight cannot take a LoRA in place"):
+        weight.requantize_from_float(torch.zeros(4, 256))

@@ -2,11 +2,9 @@
 
 import re
 
-from fewstep.host import folders
 from fewstep.nodes import loaders, sampling, text
 from fewstep.tests import readme
 
-folders.register()
 NODES = [*loaders.NODES, *text.NODES, *sampling.NODES]
 
 

@@ -92,6 +92,5 @@ def test_all_slots_none_is_a_clear_error(server):
 
 
 def test_a_file_that_vanished_names_the_folders():
-    folders.register()
     with pytest.raises(FileNotFoundError, match=r"gone\.gguf is not there.*unet"):
         folders.model_path("diffusion_models", "gone.gguf")
