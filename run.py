@@ -121,7 +121,10 @@ def demo(options):
     workflow = read_workflow(options.workflow)
     prompts = options.prompt or (DEMO_PROMPTS if options.workflow == DEMO_WORKFLOW else [None])
     graphs = [fill_in(workflow, prompt, options.seed, options.steps) for prompt in prompts]
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"--out must be a folder that you can write to: {error}") from None
     comfyui = set_up()
     device = [] if has_gpu() else ["--cpu"]
     say(f"Starting ComfyUI ({'CPU' if device else 'GPU'}) …")
@@ -595,10 +598,12 @@ def describe_error(graph, messages):
 def read_workflow(path):
     """Read an API-format workflow: {node id: {"class_type": …, "inputs": {…}}}."""
     try:
-        graph = json.loads(path.read_text(encoding="utf-8"))
+        graph = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise Failure(f"There is no workflow {path}.") from None
-    except ValueError as error:
+    except OSError as error:
+        raise Failure(f"--workflow needs a file to read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise Failure(f"{path} is no JSON: {error}") from None
     if isinstance(graph, dict) and isinstance(graph.get("nodes"), list):
         raise Failure(
@@ -606,10 +611,15 @@ def read_workflow(path):
             " Workflow > Export (API); --workflow takes that file."
         )
     nodes = list(graph.values()) if isinstance(graph, dict) else []
-    needed = {"class_type", "inputs"}
-    if not nodes or not all(isinstance(node, dict) and needed <= node.keys() for node in nodes):
+    if not nodes or not all(map(is_api_node, nodes)):
         raise Failure(f"{path} is no API-format workflow: a node has class_type and inputs.")
     return graph
+
+
+def is_api_node(node):
+    return isinstance(node, dict) and (
+        isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+    )
 
 
 def fill_in(workflow, prompt=None, seed=None, steps=None):
@@ -638,7 +648,7 @@ def text_inputs(graph):
     feeds = {}
     for node in graph.values():
         for key, value in node["inputs"].items():
-            if isinstance(value, list):
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):  # link
                 feeds.setdefault(value[0], set()).add(key)
     return [
         (node["inputs"], key)

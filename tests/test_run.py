@@ -164,6 +164,8 @@ def test_requirements_leave_out_what_is_pinned_elsewhere(tmp_path):
         (["demo", "--workflow", "no.json"], "There is no workflow no.json"),
         (["demo", "--workflow", "pyproject.toml"], "no JSON"),
         (["demo", "--workflow", "workflows/demo.json"], "Export (API)"),
+        (["demo", "--workflow", "workflows"], "--workflow needs a file to read"),
+        (["demo", "--out", "README.md"], "--out must be a folder"),
         (["demo", "--steps", "0"], "from 1 to 1000"),
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "--bogus"], "unrecognized arguments"),
