@@ -44,6 +44,7 @@ def window(host, profile):
             args=FLAGS,
             viewport={"width": 1600, "height": 1000},
         )
+        context.set_default_timeout(300_000)  # ms; the page is large, and the machine may be busy
         context.add_init_script(
             "localStorage.clear()"
         )  # else each tab reopens the last ones' graphs

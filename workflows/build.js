@@ -1,8 +1,9 @@
 // Runs in ComfyUI's page: columns of node descriptions -> [saved workflow, API workflow].
+// Give it a fresh page: after graph.clear() new nodes find the widget values of the old ones.
 // A column is a list of groups {title, nodes}, from the top down; without a title no frame is drawn.
 // A node is {name, type, title, size, widgets, inputs: {input: "node.OUTPUT"}}.
 async (columns) => {
-  const BETWEEN = { columns: 60, groups: 40, nodes: 30 };
+  const BETWEEN = { columns: 50, groups: 40, nodes: 30 };
   const TITLE = 30; // LiteGraph draws a node's title above its position
   const FRAME = 15; // from a group's frame to its nodes
   const graph = window.app.graph;

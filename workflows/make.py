@@ -108,7 +108,7 @@ def group(title, *nodes):
 
 
 def note(text, height):
-    return group(None, node("note", "MarkdownNote", size=(380, height), title="Read me", text=text))
+    return group(None, node("note", "MarkdownNote", size=(330, height), title="Read me", text=text))
 
 
 def load(model, encoders, vae):
@@ -125,7 +125,7 @@ def describe(prompt, side):
     encode = {"clip": "clip.CLIP", "model": "model.MODEL"}
     return group(
         "2. Say what to draw",
-        node("text", "FewStepTextEncode", encode, (320, 240), text=prompt),
+        node("text", "FewStepTextEncode", encode, (300, 240), text=prompt),
         node("size", "EmptySD3LatentImage", title="Size", **{"width": side, "height": side}),
     )
 
@@ -136,13 +136,13 @@ def draw(model="model.MODEL", **widgets):
 
 
 def decode(latent):
-    return group(None, node("decode", "VAEDecode", {"samples": latent, "vae": "vae.VAE"}, (140, 0)))
+    return node("decode", "VAEDecode", {"samples": latent, "vae": "vae.VAE"}, (140, 0))
 
 
 def save(prefix):
     return group(
-        "4. The picture",
-        node("save", "SaveImage", {"images": "decode.IMAGE"}, (300, 340), filename_prefix=prefix),
+        "The picture",
+        node("save", "SaveImage", {"images": "decode.IMAGE"}, (260, 300), filename_prefix=prefix),
     )
 
 
@@ -163,22 +163,27 @@ PARTS = [
         sigmas=TYPED_SIGMAS,
     ),
 ]
-SAMPLE_INPUTS = {
-    "noise": "noise.NOISE",
-    "guider": "guider.GUIDER",
-    "sampler": "rule.SAMPLER",
-    "sigmas": "schedule.SIGMAS",
-    "latent_image": "size.LATENT",
-}
+SAMPLE = node(
+    "draw",
+    "SamplerCustomAdvanced",
+    {
+        "noise": "noise.NOISE",
+        "guider": "guider.GUIDER",
+        "sampler": "rule.SAMPLER",
+        "sigmas": "schedule.SIGMAS",
+        "latent_image": "size.LATENT",
+    },
+    (220, 0),
+)
 
 # name -> columns from left to right, each a list of groups from the top down
 WORKFLOWS = {
     "demo": [
-        [note(DEMO_NOTE, 330)],
+        [note(DEMO_NOTE, 320)],
         [load(*DEMO)],
         [describe(DEMO_PROMPT, 128)],
         [draw()],
-        [decode("draw.LATENT")],
+        [group(None, decode("draw.LATENT"))],
         [save("FewStep")],
     ],
     "sd35_few_step": [
@@ -186,7 +191,7 @@ WORKFLOWS = {
         [load("sd3.5_large_turbo-Q4_0.gguf", SD35_ENCODERS, SD35_VAE)],
         [describe(SD35_PROMPT, 1024)],
         [draw(preset="sd3.5-large-turbo")],
-        [decode("draw.LATENT")],
+        [group(None, decode("draw.LATENT"))],
         [save("FewStep-SD3.5")],
     ],
     "lora_on_gguf": [
@@ -194,16 +199,15 @@ WORKFLOWS = {
         [load("sd3.5_medium-Q6_K.gguf", SD35_ENCODERS, SD35_VAE)],
         [group("The stock LoRA loader", LORA), describe(SD35_PROMPT, 1024)],
         [draw("lora.MODEL", preset="sd3.5-medium-turbo")],
-        [decode("draw.LATENT")],
+        [group(None, decode("draw.LATENT"))],
         [save("FewStep-LoRA")],
     ],
     "schedule_by_hand": [
         [note(SCHEDULE_NOTE, 330)],
         [load(*DEMO)],
         [describe(DEMO_PROMPT, 128)],
-        [group("3. Noise, guidance, step rule, schedule", *PARTS)],
-        [group("4. Draw", node("draw", "SamplerCustomAdvanced", SAMPLE_INPUTS, (220, 0)))],
-        [decode("draw.output")],
+        [group("3. Choose the steps", *PARTS)],
+        [group("4. Draw", SAMPLE, decode("draw.output"))],
         [save("FewStep-schedule")],
     ],
 }
@@ -219,9 +223,10 @@ def main():
 
 def make_graphs(host, profile):
     with chromium.window(host, profile) as window:
-        page = chromium.open_page(window, host)
         for name, columns in WORKFLOWS.items():
+            page = chromium.open_page(window, host)
             saved, exported = page.evaluate(BUILD, columns)
+            page.close()
             saved["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name}.fewstep"))
             write(FOLDER / f"{name}.json", saved)
             write(FOLDER / "api" / f"{name}.json", exported)
