@@ -18,7 +18,7 @@ FILES = {
     "text": f"text_encoders/{NAME}-clip-l.gguf",
     "vae": f"vae/{NAME}-vae.gguf",
 }
-SHIFT = 2.0  # of the sampling schedule; the best of those tried by `python -m demo score`
+SHIFT = 2.0  # of the sampling schedule; 1.5, 3 and 6 score within one picture in twenty of it
 PRESET = Preset(
     name=NAME,
     label="FewStep demo",

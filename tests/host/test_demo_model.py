@@ -1,0 +1,75 @@
+"""The files that ship, through the host's own loaders: right pictures of untrained sentences."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from fewstep.demo.captions import KINDS, draw_captions
+from fewstep.demo.scenes import draw as scene
+from fewstep.demo.score import score
+from fewstep.host import folders, loading, sampling, text
+
+STEPS = 8
+MEGABYTES = 25
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loading.load_diffusion_model(shipped("diffusion_models"))
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return loading.load_text_encoders([shipped("text_encoders")])
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return loading.load_vae(shipped("vae"))
+
+
+def shipped(key):
+    (name,) = [n for n in folders.model_names(key) if n.startswith("fewstep-demo")]
+    return folders.model_path(key, name)
+
+
+@torch.inference_mode()
+def draw(model, clip, vae, prompt, seed, steps=STEPS):
+    """-> (128, 128, 3) uint8, as the one-box node and VAE Decode do."""
+    preset = sampling.choose_preset(sampling.AUTO, model)
+    positive = text.encode(clip, prompt, preset=preset)
+    latent = {"samples": torch.zeros(1, 16, 16, 16)}
+    sampler = sampling.make_sampler(sampling.AUTO_RULE, preset)
+    sigmas = sampling.schedule(preset, latent, steps)
+    drawn = sampling.sample(model, positive, None, latent, seed, preset.cfg, sampler, sigmas)
+    return (vae.decode(drawn["samples"])[0].numpy() * 255).round().astype(np.uint8)
+
+
+def test_files_are_small_and_complete(model, clip, vae):
+    keys = ("diffusion_models", "text_encoders", "vae")
+    assert sum(os.path.getsize(shipped(key)) for key in keys) < MEGABYTES * 2**20
+    assert type(model.model).__name__ == "SD3"
+    preset = model.get_attachment(loading.PRESET)
+    assert preset.cfg == 1 and preset.rule == "euler" and preset.steps <= 8
+    assert vae.latent_channels == 16
+
+
+def test_sentences_never_trained_are_drawn(model, clip, vae):
+    """Single objects. The aim is 16 wholly right of 20; the shapes of this model, trained for 103
+    minutes on two cores, are not there yet (CHANGELOG), so this guards what it does.
+    """
+    captions = draw_captions(np.random.default_rng(11), 20, ("single",), True)
+    verdicts = [score(draw(model, clip, vae, str(c), seed), c) for seed, c in enumerate(captions)]
+    assert sum(v.background for v in verdicts) >= 19
+    assert sum(v.colour and v.count for v in verdicts) >= 18
+    assert sum(v.right for v in verdicts) >= 6
+
+
+@torch.inference_mode()
+def test_vae_gives_back_what_it_encodes(vae):
+    captions = draw_captions(np.random.default_rng(12), 8, KINDS)
+    pictures = scene(captions, np.random.default_rng(12)).movedim(1, -1)
+    back = vae.decode(vae.encode(pictures))
+    psnr = -10 * torch.log10((back - pictures).square().mean())
+    assert psnr > 28
