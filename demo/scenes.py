@@ -30,8 +30,8 @@ _RELATED = {
     "above": _STACKED,
     "below": _STACKED[::-1],
 }
-JITTER = {1: 10, 2: 4, 3: 4}  # pixels each way, by the number of objects
-RADIUS = {1: (28, 44), 2: (17, 24), 3: (15, 24)}  # pixels
+JITTER = {1: 6, 2: 3, 3: 3}  # pixels each way, by the number of objects
+RADIUS = {1: (32, 42), 2: (18, 24), 3: (17, 23)}  # pixels
 
 
 def place(caption: Caption, rng: np.random.Generator) -> list[tuple[float, float, float]]:

@@ -56,7 +56,7 @@ def test_files_are_small_and_complete(model, clip, vae):
 
 
 def test_sentences_never_trained_are_drawn(model, clip, vae):
-    """Single objects. The aim is 16 wholly right of 20; the shapes of this model, trained for 103
+    """Single objects. The aim is 16 wholly right of 20; the shapes of this model, trained for 110
     minutes on two cores, are not there yet (CHANGELOG), so this guards what it does.
     """
     captions = draw_captions(np.random.default_rng(11), 20, ("single",), True)
