@@ -159,8 +159,10 @@ def run_tests(options):
     failed = []
     for command in (["ruff", "check"], ["ruff", "format", "--check"], pytest):
         say("$ " + " ".join(command))
-        if subprocess.call([PYTHON, "-m", *command], cwd=ROOT, env=child_environment()):
-            failed.append(" ".join(command))
+        code = subprocess.call([PYTHON, "-m", *command], cwd=ROOT, env=child_environment())
+        if code:
+            how = f" (ended by {signal.Signals(-code).name})" if code < 0 else ""
+            failed.append(" ".join(command) + how)
     say("All passed." if not failed else "FAILED: " + ", ".join(failed))
     return 1 if failed else 0
 
