@@ -24,7 +24,9 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("--folder", default=run.ROOT / ".train", type=Path)
     train.add_argument("--minutes", type=float, help="wall clock in all; default 120")
     train.add_argument("--samples", type=int, help="budget in samples of the flow model instead")
-    train.add_argument("--only", choices=("decoder", "encoder", "teacher"), help="a single stage")
+    train.add_argument(
+        "--only", choices=("decoder", "encoder", "teacher", "guided"), help="a single stage"
+    )
     train.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     score.add_argument("--captions", type=int, default=200, help="of each kind; default 200")
     score.add_argument("--steps", type=int, default=8, help="euler steps; default 8")

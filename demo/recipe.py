@@ -1,7 +1,8 @@
 """The training recipe of the model that ships: scenes in, two networks' checkpoints out.
 
-Three stages, each resumable on its own: the VAE's decoder, its encoder, and the flow model with its
-text encoder. None waits for another, since the latents that bind them are a closed form.
+Four stages, each resumable on its own: the VAE's decoder, its encoder, the flow model with its text
+encoder, and a second flow model that learns the first one's guided pictures, so that it needs no
+CFG. Only the last waits for another, since the latents that bind them are a closed form.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..distill.loop import Budget, load_checkpoint, save_atomically, train
+from ..distill.guidance import GuidanceTask
+from ..distill.loop import Budget, Task, load_checkpoint, save_atomically, train
 from ..distill.teacher import FlowModel, TeacherConfig, TeacherTask
 from ..host import modules
 from .captions import VOCABULARY, draw_captions, spoken
@@ -21,7 +23,13 @@ from .scenes import draw
 from .vae import DECODER_GAIN, VAETask
 
 # Share of a budget in minutes, and samples per sample of the flow model's, that each stage gets.
-STAGES = {"decoder": (0.11, 0.05), "encoder": (0.04, 0.02), "teacher": (0.85, 1.0)}
+STAGES = {
+    "decoder": (0.11, 0.05),
+    "encoder": (0.04, 0.02),
+    "teacher": (0.70, 1.0),
+    "guided": (0.15, 0.15),
+}
+GUIDANCE = 3.0  # the scale of CFG that the model that ships has learned by heart
 # What a training batch holds, in equal parts: the plainest sentence twice.
 MIXTURE = ("single", "single", "pair", "count")
 
@@ -33,7 +41,7 @@ def vocabulary() -> set[int]:
 
 def training_batch(code: LatentCode, batch: int, index: int) -> tuple[Tensor, Tensor]:
     """Batch number `index`: latents (batch, 16, 16, 16) and token ids (batch, 77)."""
-    rng = np.random.default_rng((7, index))
+    rng = np.random.default_rng((8, index))
     captions = draw_captions(rng, batch, MIXTURE)
     tokens = torch.tensor([modules.tokenize(spoken(caption, rng)) for caption in captions])
     return code.encode(draw(captions, rng)), tokens
@@ -49,14 +57,22 @@ def latent_code(folder: Path) -> LatentCode:
 
 
 def stage_task(
-    stage: str, code: LatentCode, device: str = "cpu", config: TeacherConfig | None = None
-):
-    """The task of one of STAGES for `distill.loop.train`, with fresh weights."""
-    config = config or TeacherConfig()
+    stage: str, folder: Path, device: str = "cpu", config: TeacherConfig | None = None
+) -> Task:
+    """The task of one of STAGES for `distill.loop.train`, as it starts.
+
+    Raises: FileNotFoundError for "guided" where `folder` holds no teacher yet.
+    """
+    config, code = config or TeacherConfig(), latent_code(folder)
     torch.manual_seed(0)
+    data = partial(training_batch, code, config.batch)
     if stage == "teacher":
-        data = partial(training_batch, code, config.batch)
         return TeacherTask(config, vocabulary(), data, device)
+    if stage == "guided":
+        path = folder / "teacher.pt"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: train the stage teacher first")
+        return GuidanceTask(config, load_flow_model(path, config), GUIDANCE, data, device)
     network = modules.build_taesd(DECODER_GAIN).get_submodule(f"taesd_{stage}")
     return VAETask(stage, network, code, device, config.compiled)
 
@@ -70,7 +86,7 @@ def train_stages(
     config: TeacherConfig | None = None,
 ) -> None:
     """Train stages to the end of their share of the budget; what `folder` holds is gone on from."""
-    stages, code = tuple(stages), latent_code(folder)
+    stages = tuple(stages)
     whole = sum(STAGES[stage][0] for stage in stages)
     for stage in stages:
         by_time, by_samples = STAGES[stage]
@@ -78,11 +94,11 @@ def train_stages(
             budget = Budget(minutes=minutes * by_time / whole)
         else:
             budget = Budget(samples=int(samples * by_samples))
-        train(stage_task(stage, code, device, config), folder / f"{stage}.pt", budget)
+        train(stage_task(stage, folder, device, config), folder / f"{stage}.pt", budget)
 
 
 def load_flow_model(path: Path, config: TeacherConfig | None = None) -> FlowModel:
-    """The averaged weights of a teacher's checkpoint, for sampling and export."""
+    """The averaged weights of a checkpoint of "teacher" or "guided", for sampling and export."""
     model = FlowModel(config or TeacherConfig(), vocabulary())
     model.load_state_dict(load_checkpoint(path)["task"]["ema"])
     return model.eval().requires_grad_(False)

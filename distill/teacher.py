@@ -38,7 +38,7 @@ class TeacherConfig:
     plateau: float = 0.5  # share of the budget before the rates fall linearly to zero
     ema: float = 0.998
     clip: float = 1.0  # norm of the gradient
-    shift: float = 3.0  # of the logit-normal noise levels (SD3, arXiv 2403.03206, 3.1)
+    shift: float = 5.0  # of the logit-normal noise levels (SD3, arXiv 2403.03206, 3.1)
     empty_prompt: float = 0.1  # share of captions dropped, for guidance
     unknown_token: float = (
         0.02  # share of tokens replaced by zero, so that unknown words do no harm
@@ -123,9 +123,7 @@ class TeacherTask:
         config, (latents, tokens) = self.config, self.data(index)
         draw = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
         empty = torch.rand(len(tokens), 1, generator=draw) < config.empty_prompt
-        blank = torch.full_like(tokens, END)
-        blank[:, 0] = START
-        tokens = torch.where(empty, blank, tokens)
+        tokens = torch.where(empty, empty_prompt(tokens), tokens)
         known = torch.rand(tokens.shape, generator=draw) >= config.unknown_token
         known |= tokens >= START
         if progress < config.full_from and index % config.full_every:
@@ -136,8 +134,15 @@ class TeacherTask:
         x = torch.lerp(latents, noise, sigma[:, None, None, None])
         x, sigma, tokens, known = (t.to(self.device) for t in (x, sigma, tokens, known))
         with torch.autocast(self.device.type, torch.bfloat16):
-            made = self.model(x, sigma, tokens, known)
-        return nn.functional.mse_loss(made.float(), (noise - latents).to(self.device))
+            made = self.model(x, sigma, tokens, known).float()
+            target = self._target((noise - latents).to(self.device), x, sigma, tokens, known)
+        return nn.functional.mse_loss(made, target)
+
+    def _target(
+        self, velocity: Tensor, x: Tensor, sigma: Tensor, tokens: Tensor, known: Tensor
+    ) -> Tensor:
+        """What the model learns to say at (x, sigma): here the velocity of the sample itself."""
+        return velocity
 
     @torch.no_grad()
     def _average(self, index: int) -> None:
@@ -159,6 +164,13 @@ class TeacherTask:
             self.ema[name].copy_(value)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def empty_prompt(tokens: Tensor) -> Tensor:
+    """Token ids of the empty prompt, as many and as long as `tokens` (n, t)."""
+    blank = torch.full_like(tokens, END)
+    blank[:, 0] = START
+    return blank
 
 
 def build_optimizers(model: nn.Module, config: TeacherConfig) -> list[torch.optim.Optimizer]:

@@ -9,8 +9,16 @@ from comfy.ldm.modules.attention import attention_pytorch
 from fewstep.demo import evaluate, export, recipe
 from fewstep.demo.latents import fit_latent_code
 from fewstep.demo.vae import DECODER_GAIN
+from fewstep.distill.guidance import GuidanceTask
 from fewstep.distill.loop import Budget, load_checkpoint, train
-from fewstep.distill.teacher import END, START, FlowModel, TeacherConfig, TeacherTask
+from fewstep.distill.teacher import (
+    END,
+    START,
+    FlowModel,
+    TeacherConfig,
+    TeacherTask,
+    empty_prompt,
+)
 from fewstep.flow import uniform
 from fewstep.host import loading, modules
 
@@ -147,6 +155,35 @@ def test_host_decodes_model_space_latents(tmp_path):
     assert torch.allclose(pixels, vae.taesd_decoder(latents * DECODER_GAIN), atol=1e-4)
 
 
+def guidance(code, scale):
+    data = partial(recipe.training_batch, code, TOY.batch)
+    return GuidanceTask(TOY, random_model(), scale, data)
+
+
+def test_guided_student_starts_as_its_teacher_and_learns_what_guidance_adds(code):
+    assert guidance(code, scale=1.0).step(0, 0.0) == 0  # nothing to learn at scale 1
+    training = guidance(code, scale=3.0)
+    losses = [training.step(i, 0.0).item() for i in range(40)]
+    assert losses[0] > 0 and sum(losses[-8:]) < 0.7 * sum(losses[:8])
+
+
+def test_guided_target_is_that_of_classifier_free_guidance(code):
+    training = guidance(code, scale=3.0)
+    x, sigma = torch.randn(2, 16, 16, 16), torch.tensor([0.5, 0.9])
+    _, tokens = training.data(0)
+    prompt, known = tokens[:2], torch.ones_like(tokens[:2], dtype=torch.bool)
+    target = training._target(x, x, sigma, prompt, known)
+    told = training.teacher(x, sigma, prompt)
+    untold = training.teacher(x, sigma, empty_prompt(prompt))
+    assert torch.allclose(target, 3 * told - 2 * untold, atol=1e-5)
+    assert empty_prompt(prompt)[0].tolist() == evaluate.EMPTY
+
+
+def test_guided_stage_names_the_teacher_that_it_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match="teacher first"):
+        recipe.stage_task("guided", tmp_path, config=TOY)
+
+
 def test_draws_by_euler_steps_with_and_without_guidance():
     model = random_model()
     decoder = modules.build_taesd(DECODER_GAIN).taesd_decoder.requires_grad_(False)
@@ -163,6 +200,6 @@ def test_recipe_runs_every_stage_and_goes_on(tmp_path):
         recipe.train_stages(tmp_path, recipe.STAGES, samples=320, config=TOY)
     assert load_checkpoint(tmp_path / "teacher.pt")["done"]["samples"] == 320
     assert load_checkpoint(tmp_path / "decoder.pt")["done"]["samples"] == 16
-    model = recipe.load_flow_model(tmp_path / "teacher.pt", TOY)
+    model = recipe.load_flow_model(tmp_path / "guided.pt", TOY)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     recipe.load_vae(tmp_path)

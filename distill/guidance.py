@@ -1,0 +1,47 @@
+"""Guidance distillation: a model that draws in one call a step what its teacher draws in two.
+
+The student starts as the teacher and learns its guided velocity, at one fixed scale w:
+
+    v(x, sigma, text) = u(x, sigma, empty) + w·(u(x, sigma, text) − u(x, sigma, empty))
+
+Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv 2210.03142), stage one.
+"""
+
+import torch
+from torch import Tensor
+
+from .teacher import Batch, FlowModel, TeacherConfig, TeacherTask, empty_prompt
+
+
+class GuidanceTask(TeacherTask):
+    """Learn a frozen teacher's guided velocity, as a task for `distill.loop.train`.
+
+    `data(index)` gives latents and token ids as it does for TeacherTask.
+    """
+
+    name = "guided"
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        teacher: FlowModel,
+        scale: float,
+        data: Batch,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__(config, teacher.text.ids.tolist(), data, device)
+        self.scale = scale
+        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
+        self.model.load_state_dict(self.teacher.state_dict())
+        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        if config.compiled:
+            for block in self.teacher.mmdit.joint_blocks:
+                block.compile(dynamic=False)
+
+    @torch.no_grad()
+    def _target(
+        self, velocity: Tensor, x: Tensor, sigma: Tensor, tokens: Tensor, known: Tensor
+    ) -> Tensor:
+        told = self.teacher(x, sigma, tokens, known).float()
+        untold = self.teacher(x, sigma, empty_prompt(tokens)).float()
+        return torch.lerp(untold, told, self.scale)
