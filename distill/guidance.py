@@ -4,7 +4,7 @@ The student starts as the teacher and learns its guided velocity, at one fixed s
 
     v(x, sigma, text) = u(x, sigma, empty) + w·(u(x, sigma, text) − u(x, sigma, empty))
 
-Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models" (arXiv 2210.03142), stage one.
+Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models", arXiv 2210.03142, stage one.
 """
 
 import torch
