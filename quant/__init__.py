@@ -2,6 +2,7 @@
 
 from .dequant import dequantize, dequantize_rows
 from .errors import GGUFError
+from .quantize import quantize, writable_types
 from .reader import GGUFFile, TensorInfo
 from .types import PLAIN_TYPES, QTYPES, QType, types_markdown
 from .writer import write_gguf
@@ -15,6 +16,8 @@ __all__ = [
     "TensorInfo",
     "dequantize",
     "dequantize_rows",
+    "quantize",
     "types_markdown",
+    "writable_types",
     "write_gguf",
 ]

@@ -1,6 +1,7 @@
 """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: 32 weights, one half-precision scale, maybe a minimum.
 
-Source: ggml `dequantize_row_q4_0` … `dequantize_row_q8_0`; gguf-py `quants.py`.
+Source: ggml `dequantize_row_q4_0` … `dequantize_row_q8_0`, `quantize_q4_0` … `quantize_q8_0`;
+gguf-py `quants.py`. The quantisers' `weights`, shaped as `x`, say how much each error counts.
 """
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from . import tables
 from .bits import half
+from .rounding import divide, half_bytes, reciprocal, round_half_away, signed_amax, truncate
 
 
 def _nibbles(blocks: Tensor, start: int) -> Tensor:
@@ -49,3 +51,23 @@ def dequantize_q5_1(blocks: Tensor) -> Tensor:
 def dequantize_q8_0(blocks: Tensor) -> Tensor:
     """(n, 34) uint8 -> (n, 32) float32.   d: f16 | qs: 32 int8.   w = d·q"""
     return blocks[:, 2:].view(torch.int8).float().mul_(half(blocks, 0))
+
+
+def _pack_nibbles(q: Tensor) -> Tensor:
+    """(n, 32) int32 -> (n, 16) uint8: the inverse of `_nibbles`."""
+    q = (q & 0x0F).to(torch.uint8)
+    return q[:, :16] | (q[:, 16:] << 4)
+
+
+def quantize_q4_0(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(n, 32) float32 -> (n, 18) uint8. The weight of largest magnitude becomes q = 0."""
+    d = divide(signed_amax(x.t()), -8.0)
+    q = truncate(x * reciprocal(d).unsqueeze(1) + 8.5).clamp_(max=15)
+    return torch.cat((half_bytes(d), _pack_nibbles(q)), 1)
+
+
+def quantize_q8_0(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(n, 32) float32 -> (n, 34) uint8. `weights` is passed over, as in ggml."""
+    d = divide(x.abs().amax(1), 127.0)
+    q = round_half_away(x * reciprocal(d).unsqueeze(1))
+    return torch.cat((half_bytes(d), (q & 0xFF).to(torch.uint8)), 1)

@@ -18,11 +18,16 @@ T = GGMLQuantizationType
 
 @dataclass(frozen=True)
 class QType:
-    """A block format: `dequantize_blocks` maps (n, type_size) uint8 to (n, block_size) float32."""
+    """A block format: `dequantize_blocks` maps (n, type_size) uint8 to (n, block_size) float32.
+
+    `quantize_blocks` maps (n, block_size) float32, and the importance of each weight or None, back
+    to bytes; it is None where the type can only be read.
+    """
 
     qtype: GGMLQuantizationType
     dequantize_blocks: Callable[[Tensor], Tensor]
     about: str
+    quantize_blocks: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     @property
     def block_size(self) -> int:
@@ -42,11 +47,11 @@ class QType:
 QTYPES: dict[GGMLQuantizationType, QType] = {
     row.qtype: row
     for row in (
-        QType(T.Q8_0, legacy.dequantize_q8_0, "8-bit, scale for 32 weights"),
+        QType(T.Q8_0, legacy.dequantize_q8_0, "8-bit, scale for 32 weights", legacy.quantize_q8_0),
         QType(T.Q5_1, legacy.dequantize_q5_1, "5-bit, scale and minimum for 32"),
         QType(T.Q5_0, legacy.dequantize_q5_0, "5-bit, scale for 32"),
         QType(T.Q4_1, legacy.dequantize_q4_1, "4-bit, scale and minimum for 32"),
-        QType(T.Q4_0, legacy.dequantize_q4_0, "4-bit, scale for 32"),
+        QType(T.Q4_0, legacy.dequantize_q4_0, "4-bit, scale for 32", legacy.quantize_q4_0),
         QType(T.Q6_K, k.dequantize_q6_k, "6-bit, 8-bit scales for 16"),
         QType(T.Q5_K, k.dequantize_q5_k, "5-bit, 6-bit scales and minima for 32"),
         QType(T.Q4_K, k.dequantize_q4_k, "4-bit, 6-bit scales and minima for 32"),

@@ -1,0 +1,110 @@
+"""From floats to blocks: the bytes that ggml's `ggml_quantize_chunk` writes, on any device.
+
+ggml is the oracle (tests/golden): its sums are taken in its order and its roundings by its rules.
+"""
+
+import torch
+from gguf import GGMLQuantizationType
+from torch import Tensor
+
+from .errors import GGUFError
+from .rounding import divide, ordered_sum
+from .types import PLAIN_TYPES, QTYPES, find_type
+
+_TILE = 2**20  # weights in flight; the search for K-quants' scales holds a dozen copies of them
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_T = GGMLQuantizationType
+# Types whose error ggml weighs by the mean square of the whole row, not of a super-block.
+_ROW_WEIGHTED = {_T.Q4_0, _T.Q4_1, _T.Q5_0, _T.Q5_1}
+
+
+def quantize(x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None = None) -> Tensor:
+    """(rows, cols) float32 -> (rows, bytes) uint8 on the same device, each row in blocks.
+
+    importance: (cols,) float32, none negative: how much a column's squared error counts (ggml's
+    imatrix). Types that have nothing to weigh (Q8_0, MXFP4, plain floats) pass it over, as ggml
+    does.
+
+    Raises: GGUFError for a type that cannot be written, sizes that do not fit, NaN and infinity.
+    """
+    qtype = find_type(qtype)
+    _check_type(qtype)
+    _check_input(x, qtype)
+    if importance is not None:
+        _check_importance(importance, x)
+    if qtype in PLAIN_TYPES:
+        return x.to(PLAIN_TYPES[qtype]).contiguous().view(torch.uint8)
+    row = QTYPES[qtype]
+    out = torch.empty(
+        (len(x), x.shape[1] // row.block_size * row.type_size), dtype=torch.uint8, device=x.device
+    )
+    step = max(1, _TILE // max(1, x.shape[1]))
+    for start in range(0, len(x), step):
+        out[start : start + step] = _quantize_rows(x[start : start + step], qtype, importance)
+    return out
+
+
+def writable_types() -> list[GGMLQuantizationType]:
+    """The types that `quantize` can write."""
+    blocks = [qtype for qtype, row in QTYPES.items() if row.quantize_blocks is not None]
+    return [qtype for qtype, dtype in PLAIN_TYPES.items() if dtype in _FLOATS] + blocks
+
+
+def _quantize_rows(x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None) -> Tensor:
+    """(rows, cols) float32 -> (rows, bytes) uint8, all rows at once."""
+    row = QTYPES[qtype]
+    if importance is not None and qtype in _ROW_WEIGHTED:
+        weights = importance * _row_sigma(x)
+    else:
+        weights = None if importance is None else importance.expand_as(x)
+    if weights is not None:
+        weights = weights.reshape(-1, row.block_size)
+    blocks = row.quantize_blocks(x.reshape(-1, row.block_size), weights)
+    return blocks.view(len(x), -1)
+
+
+def _row_sigma(x: Tensor) -> Tensor:
+    """(rows, cols): sqrt(mean square of the row + x²), as in ggml's `quantize_row_q4_0_impl`."""
+    squares = x * x
+    sigma2 = divide(ordered_sum(squares.t()), x.shape[1])
+    return (sigma2.unsqueeze(1) + squares).sqrt()
+
+
+def _check_type(qtype: GGMLQuantizationType) -> None:
+    writable = writable_types()
+    if qtype not in writable:
+        names = ", ".join(known.name for known in writable)
+        raise GGUFError(f"{qtype.name} can be read but not written (writable: {names})")
+
+
+def _check_input(x: Tensor, qtype: GGMLQuantizationType) -> None:
+    if x.dtype != torch.float32 or x.dim() != 2:
+        raise GGUFError(
+            f"quantize takes (rows, cols) float32, not {x.dtype} of shape {tuple(x.shape)}: "
+            "reshape it, and cast it with .float()"
+        )
+    size = QTYPES[qtype].block_size if qtype in QTYPES else 1
+    if x.shape[1] % size:
+        raise GGUFError(
+            f"{qtype.name} packs {size} weights a block, which does not divide rows of "
+            f"{x.shape[1]}: choose a type with smaller blocks"
+        )
+    if not (finite := x.isfinite()).all():
+        place = tuple((~finite).nonzero()[0].tolist())
+        count = x.numel() - int(finite.sum())
+        raise GGUFError(
+            f"{count} of {x.numel()} weights are NaN or infinite, the first, {x[place].item()}, "
+            f"at {place}: {qtype.name} cannot hold them; repair the source"
+        )
+
+
+def _check_importance(importance: Tensor, x: Tensor) -> None:
+    if importance.dtype != torch.float32 or importance.shape != x.shape[1:]:
+        raise GGUFError(
+            f"importance is float32 of shape {tuple(x.shape[1:])}, one for each column, not "
+            f"{importance.dtype} of shape {tuple(importance.shape)}"
+        )
+    if importance.device != x.device:
+        raise GGUFError(f"importance is on {importance.device}, the weights on {x.device}")
+    if not (importance.isfinite() & (importance >= 0)).all():
+        raise GGUFError("importance has values that are negative, NaN or infinite: gather it anew")
