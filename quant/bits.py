@@ -1,4 +1,4 @@
-"""Unpacking bytes: the few moves that every block format is made of.
+"""Unpacking and packing bytes: the few moves that every block format is made of.
 
 All work on uint8 tensors in which a row is a block. Shifts and masks are whole-tensor operations on
 bytes (a quarter of the traffic of float32, and vectorised), and pieces are put in their order by
@@ -33,3 +33,11 @@ def planes(x: Tensor, bits: int, dim: int = -1) -> Tensor:
 def fields(x: Tensor, bits: int, shifts: tuple[int, ...]) -> Tensor:
     """(..., len(shifts)): the fields of `bits` bits that start at the given bits of each word."""
     return torch.stack([x >> shift for shift in shifts], -1).bitwise_and_((1 << bits) - 1)
+
+
+def pack_planes(x: Tensor, bits: int, dim: int = -1) -> Tensor:
+    """uint8: the inverse of `planes`; joins 8/bits fields along `dim`, the lowest bits first."""
+    packed = torch.zeros_like(x.select(dim, 0), dtype=torch.uint8)
+    for i, field in enumerate(x.unbind(dim)):
+        packed |= field.to(torch.uint8) << (bits * i)
+    return packed

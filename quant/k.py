@@ -57,7 +57,7 @@ def _q3_scales(blocks: Tensor) -> Tensor:
     return torch.stack(scales, 1).view(torch.int8).sub_(32)
 
 
-def _scale_min(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def scale_min(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """The 6-bit scales and minima of eight sub-blocks, two (n, 8) float32, from 12 bytes at 4.
 
     bytes 4..7    EEAAAAAA  scales 0..3 (A), upper bits of scales 4..7 (E)
@@ -72,7 +72,7 @@ def _scale_min(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _scale_and_shift(blocks: Tensor, q: Tensor) -> Tensor:
     """(n, 256) float32: d·sc·q - dmin·m of Q4_K and Q5_K, whose blocks begin alike."""
-    sc, m = _scale_min(blocks)
+    sc, m = scale_min(blocks)
     dl = (half(blocks, 0) * sc).unsqueeze(-1)
     ml = (half(blocks, 2) * m).unsqueeze(-1)
     return q.view(-1, 8, 32).float().mul_(dl).sub_(ml).view(-1, 256)

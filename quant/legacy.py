@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import tables
-from .bits import half
+from .bits import half, pack_planes
 from .rounding import divide, half_bytes, reciprocal, round_half_away, signed_amax, truncate
+from .search import make_qkx_quants, make_qx_quants
 
 
 def _nibbles(blocks: Tensor, start: int) -> Tensor:
@@ -59,11 +60,59 @@ def _pack_nibbles(q: Tensor) -> Tensor:
     return q[:, :16] | (q[:, 16:] << 4)
 
 
+def _pack_five_bits(q: Tensor) -> Tensor:
+    """(n, 32) int32 -> (n, 20) uint8: the inverse of `_five_bits`."""
+    high = pack_planes(((q >> 4) & 1).view(-1, 4, 8), 1, dim=2)
+    return torch.cat((high, _pack_nibbles(q)), 1)
+
+
+def _symmetric(x: Tensor, nmax: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """d as (n, 2) bytes and q (n, 32) int32 in 0 … 2·nmax - 1, with w = d·(q - nmax).
+
+    Without weights the weight of largest magnitude becomes q = 0.
+    """
+    if weights is not None:
+        d, q = make_qx_quants(x.t().contiguous(), nmax, weights.t().contiguous())
+        return half_bytes(d), q.t()
+    d = divide(signed_amax(x.t()), -nmax)
+    q = truncate(x * reciprocal(d).unsqueeze(1) + (nmax + 0.5)).clamp_(max=2 * nmax - 1)
+    return half_bytes(d), q
+
+
+def _with_minimum(x: Tensor, nmax: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """d and m as (n, 4) bytes and q (n, 32) int32 in 0 … nmax, with w = d·q + m."""
+    if weights is not None:
+        grid = (-0.9, 0.05, 36)
+        d, low, q = make_qkx_quants(x.t().contiguous(), nmax, weights.t().contiguous(), grid)
+        return torch.cat((half_bytes(d), half_bytes(-low)), 1), q.t()
+    vmin = x.amin(1)
+    d = divide(x.amax(1) - vmin, nmax)
+    q = truncate((x - vmin.unsqueeze(1)) * reciprocal(d).unsqueeze(1) + 0.5)
+    return torch.cat((half_bytes(d), half_bytes(vmin)), 1), q.clamp_(max=nmax)
+
+
 def quantize_q4_0(x: Tensor, weights: Tensor | None = None) -> Tensor:
-    """(n, 32) float32 -> (n, 18) uint8. The weight of largest magnitude becomes q = 0."""
-    d = divide(signed_amax(x.t()), -8.0)
-    q = truncate(x * reciprocal(d).unsqueeze(1) + 8.5).clamp_(max=15)
-    return torch.cat((half_bytes(d), _pack_nibbles(q)), 1)
+    """(n, 32) float32 -> (n, 18) uint8."""
+    d, q = _symmetric(x, 8, weights)
+    return torch.cat((d, _pack_nibbles(q)), 1)
+
+
+def quantize_q4_1(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(n, 32) float32 -> (n, 20) uint8."""
+    dm, q = _with_minimum(x, 15, weights)
+    return torch.cat((dm, _pack_nibbles(q)), 1)
+
+
+def quantize_q5_0(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(n, 32) float32 -> (n, 22) uint8."""
+    d, q = _symmetric(x, 16, weights)
+    return torch.cat((d, _pack_five_bits(q)), 1)
+
+
+def quantize_q5_1(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(n, 32) float32 -> (n, 24) uint8."""
+    dm, q = _with_minimum(x, 31, weights)
+    return torch.cat((dm, _pack_five_bits(q)), 1)
 
 
 def quantize_q8_0(x: Tensor, weights: Tensor | None = None) -> Tensor:

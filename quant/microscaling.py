@@ -7,7 +7,8 @@ Source: OCP Microscaling Formats 1.0; ggml `dequantize_row_mxfp4`, `dequantize_r
 import torch
 from torch import Tensor
 
-from .tables import look_up_nibbles
+from .rounding import truncate
+from .tables import look_up_nibbles, nibble_values
 
 
 def _e8m0_half(e: Tensor) -> Tensor:
@@ -34,3 +35,27 @@ def dequantize_nvfp4(blocks: Tensor) -> Tensor:
     """(n, 36) uint8 -> (n, 64) float32.   d: 4 bytes | qs: 4 × 8 bytes, for sub-blocks of 16"""
     q = look_up_nibbles("NVFP4", blocks[:, 4:].reshape(-1, 4, 8)).view(-1, 4, 16)
     return q.float().mul_(_ue4m3_half(blocks[:, :4]).unsqueeze(-1)).flatten(1)
+
+
+def _nearest_value(x: Tensor, scale: Tensor) -> Tensor:
+    """uint8, shaped as `x`: the first of the sixteen E2M1 values nearest to x / scale."""
+    values, _ = nibble_values("MXFP4", x.device)
+    q, best = torch.zeros_like(x, dtype=torch.uint8), x.abs()  # the first value is 0
+    for i, value in enumerate(values[:16].tolist()):
+        error = (value * scale - x).abs()
+        nearer = error < best
+        q, best = q.masked_fill_(nearer, i), torch.where(nearer, error, best)
+    return q
+
+
+def quantize_mxfp4(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(n, 32) float32 -> (n, 17) uint8. `weights` is passed over, as in ggml.
+
+    The exponent is that of the largest weight's log2 in float32, which rounds up to a whole number
+    just below a power of two; it wraps around below 2^-125, as ggml's byte does.
+    """
+    amax = x.abs().amax(1, keepdim=True)
+    log2 = amax.double().log2().float().floor() + (127 - 2)
+    e = torch.where(amax > 0, truncate(log2) & 0xFF, 0).to(torch.uint8)
+    q = _nearest_value(x, _e8m0_half(e))
+    return torch.cat((e, q[:, :16] | (q[:, 16:] << 4)), 1)

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from .errors import GGUFError
-from .rounding import divide, ordered_sum
+from .rounding import divide, ordered_sum, square_root
 from .types import PLAIN_TYPES, QTYPES, find_type
 
 _TILE = 2**20  # weights in flight; the search for K-quants' scales holds a dozen copies of them
@@ -67,7 +67,7 @@ def _row_sigma(x: Tensor) -> Tensor:
     """(rows, cols): sqrt(mean square of the row + x²), as in ggml's `quantize_row_q4_0_impl`."""
     squares = x * x
     sigma2 = divide(ordered_sum(squares.t()), x.shape[1])
-    return (sigma2.unsqueeze(1) + squares).sqrt()
+    return square_root(sigma2.unsqueeze(1) + squares)
 
 
 def _check_type(qtype: GGMLQuantizationType) -> None:

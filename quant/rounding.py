@@ -41,12 +41,30 @@ def divide(x: Tensor, number: float) -> Tensor:
     return x / torch.full((), number, dtype=x.dtype, device=x.device)
 
 
+def quotient(number: float, x: Tensor) -> Tensor:
+    """number / x, rounded once. torch's own operator would multiply by the rounded 1 / x."""
+    return torch.full_like(x, number) / x
+
+
+def square_root(x: Tensor) -> Tensor:
+    """Rounded correctly, as C's `sqrtf`; torch's own for float32 on a CPU can be an ulp off."""
+    return x.double().sqrt().float()
+
+
 def ordered_sum(terms: Tensor) -> Tensor:
     """Sum over dim 0, from index 0 on, rounded at each step as C's loop does."""
     total = torch.zeros_like(terms[0])
     for term in terms:
         total = total + term
     return total
+
+
+def amax_above_zero(x: Tensor) -> Tensor:
+    """Over dim 0: the largest value, 0 if none is above zero; NaN is passed over."""
+    largest = torch.zeros_like(x[0])
+    for value in x:
+        largest = torch.where(value > largest, value, largest)
+    return largest
 
 
 def signed_amax(x: Tensor) -> Tensor:

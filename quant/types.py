@@ -10,7 +10,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from . import iq, k, legacy, microscaling, ternary
+from . import iq, iq4_quantize, k, k_quantize, legacy, microscaling, ternary
 from .errors import GGUFError
 
 T = GGMLQuantizationType
@@ -48,17 +48,46 @@ QTYPES: dict[GGMLQuantizationType, QType] = {
     row.qtype: row
     for row in (
         QType(T.Q8_0, legacy.dequantize_q8_0, "8-bit, scale for 32 weights", legacy.quantize_q8_0),
-        QType(T.Q5_1, legacy.dequantize_q5_1, "5-bit, scale and minimum for 32"),
-        QType(T.Q5_0, legacy.dequantize_q5_0, "5-bit, scale for 32"),
-        QType(T.Q4_1, legacy.dequantize_q4_1, "4-bit, scale and minimum for 32"),
+        QType(
+            T.Q5_1, legacy.dequantize_q5_1, "5-bit, scale and minimum for 32", legacy.quantize_q5_1
+        ),
+        QType(T.Q5_0, legacy.dequantize_q5_0, "5-bit, scale for 32", legacy.quantize_q5_0),
+        QType(
+            T.Q4_1, legacy.dequantize_q4_1, "4-bit, scale and minimum for 32", legacy.quantize_q4_1
+        ),
         QType(T.Q4_0, legacy.dequantize_q4_0, "4-bit, scale for 32", legacy.quantize_q4_0),
-        QType(T.Q6_K, k.dequantize_q6_k, "6-bit, 8-bit scales for 16"),
-        QType(T.Q5_K, k.dequantize_q5_k, "5-bit, 6-bit scales and minima for 32"),
-        QType(T.Q4_K, k.dequantize_q4_k, "4-bit, 6-bit scales and minima for 32"),
-        QType(T.Q3_K, k.dequantize_q3_k, "3-bit, 6-bit scales for 16"),
-        QType(T.Q2_K, k.dequantize_q2_k, "2-bit, 4-bit scales and minima for 16"),
-        QType(T.IQ4_NL, iq.dequantize_iq4_nl, "4-bit uneven levels, scale for 32"),
-        QType(T.IQ4_XS, iq.dequantize_iq4_xs, "4-bit uneven levels, 6-bit scales for 32"),
+        QType(T.Q6_K, k.dequantize_q6_k, "6-bit, 8-bit scales for 16", k_quantize.quantize_q6_k),
+        QType(
+            T.Q5_K,
+            k.dequantize_q5_k,
+            "5-bit, 6-bit scales and minima for 32",
+            k_quantize.quantize_q5_k,
+        ),
+        QType(
+            T.Q4_K,
+            k.dequantize_q4_k,
+            "4-bit, 6-bit scales and minima for 32",
+            k_quantize.quantize_q4_k,
+        ),
+        QType(T.Q3_K, k.dequantize_q3_k, "3-bit, 6-bit scales for 16", k_quantize.quantize_q3_k),
+        QType(
+            T.Q2_K,
+            k.dequantize_q2_k,
+            "2-bit, 4-bit scales and minima for 16",
+            k_quantize.quantize_q2_k,
+        ),
+        QType(
+            T.IQ4_NL,
+            iq.dequantize_iq4_nl,
+            "4-bit uneven levels, scale for 32",
+            iq4_quantize.quantize_iq4_nl,
+        ),
+        QType(
+            T.IQ4_XS,
+            iq.dequantize_iq4_xs,
+            "4-bit uneven levels, 6-bit scales for 32",
+            iq4_quantize.quantize_iq4_xs,
+        ),
         QType(T.IQ3_S, iq.dequantize_iq3_s, "codebook of 512 vectors of 4"),
         QType(T.IQ3_XXS, iq.dequantize_iq3_xxs, "codebook of 256 vectors of 4"),
         QType(T.IQ2_S, iq.dequantize_iq2_s, "codebook of 1024 vectors of 8"),
@@ -68,7 +97,12 @@ QTYPES: dict[GGMLQuantizationType, QType] = {
         QType(T.IQ1_S, iq.dequantize_iq1_s, "codebook of 2048 ternary vectors of 8, scales for 32"),
         QType(T.TQ2_0, ternary.dequantize_tq2_0, "ternary, two bits each"),
         QType(T.TQ1_0, ternary.dequantize_tq1_0, "ternary, five in a byte"),
-        QType(T.MXFP4, microscaling.dequantize_mxfp4, "E2M1 floats, power-of-two scale for 32"),
+        QType(
+            T.MXFP4,
+            microscaling.dequantize_mxfp4,
+            "E2M1 floats, power-of-two scale for 32",
+            microscaling.quantize_mxfp4,
+        ),
         QType(T.NVFP4, microscaling.dequantize_nvfp4, "E2M1 floats, E4M3 scales for 16"),
     )
 }
