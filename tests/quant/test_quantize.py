@@ -1,0 +1,224 @@
+"""Every type that can be written against ggml's C (tests/golden), and what must hold of any."""
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from fewstep.quant import QTYPES, GGUFError, dequantize, quantize, writable_types
+
+T = gguf.GGMLQuantizationType
+GOLDEN = Path(__file__).parents[1] / "golden" / "quantize.npz"
+PLAIN = [T.F32, T.F16, T.BF16]
+BLOCKS = [qtype for qtype in writable_types() if qtype in QTYPES]
+EVERY_BLOCK = pytest.mark.parametrize("qtype", BLOCKS, ids=lambda qtype: qtype.name)
+EVERY_TYPE = pytest.mark.parametrize("qtype", writable_types(), ids=lambda qtype: qtype.name)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+def gaussian(rows, cols, seed=0):
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+def relative_error(x, qtype, importance=None):
+    """Root mean square error over root mean square weight."""
+    back = dequantize(quantize(x, qtype, importance), qtype, x.shape)
+    return float((back - x).norm() / x.norm())
+
+
+def different_kinds(got, want, kinds, type_size):
+    """Which rows differ, and in how many blocks."""
+    counts = (got != want).reshape(len(kinds), -1, type_size).any(2).sum(1)
+    return {str(kind): int(count) for kind, count in zip(kinds, counts, strict=True) if count}
+
+
+def test_golden_holds_every_type(golden):
+    assert {key.split("/")[0] for key in golden if "/" in key} - {"importance"} == {
+        qtype.name for qtype in BLOCKS
+    }
+
+
+@EVERY_BLOCK
+@pytest.mark.parametrize("name", ["none", "skewed", "gaps"])
+def test_bytes_equal_ggml(golden, qtype, name):
+    """All of them: ggml's arithmetic has no fused product on x86, and ours none anywhere."""
+    x = torch.from_numpy(golden["x"])
+    importance = None if name == "none" else torch.from_numpy(golden[f"importance/{name}"])
+    got = quantize(x, qtype, importance)
+    want = golden[f"{qtype.name}/{name}"]
+    type_size = QTYPES[qtype].type_size
+    assert different_kinds(got.numpy(), want, golden["kinds"], type_size) == {}
+
+    size = QTYPES[qtype].block_size
+    part = None if importance is None else importance[:size]
+    one_block = quantize(x[:1, :size], qtype, part)
+    assert one_block.numpy().tobytes() == golden[f"{qtype.name}/{name}/one block"].tobytes()
+
+
+@EVERY_BLOCK
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_are_independent(qtype, weighted):
+    x = gaussian(7, 512)
+    importance = torch.rand(512) if weighted else None
+    whole = quantize(x, qtype, importance)
+    assert torch.equal(quantize(x.flip(0), qtype, importance), whole.flip(0))
+    assert torch.equal(quantize(x[3:4], qtype, importance), whole[3:4])
+
+
+@EVERY_BLOCK
+def test_blocks_are_independent(qtype):
+    row = QTYPES[qtype]
+    x = gaussian(3, 512)
+    whole = quantize(x, qtype).view(-1, row.type_size)
+    flipped = quantize(x.view(-1, row.block_size).flip(0), qtype)
+    assert torch.equal(flipped.flip(0), whole)
+
+
+@EVERY_BLOCK
+def test_tiles_join_without_a_seam(qtype):
+    """More rows than a tile holds, and rows longer than a tile."""
+    x = gaussian(1, 2**20 + 2**11)
+    whole = quantize(x, qtype)
+    rows = quantize(x.view(-1, 2**11), qtype)
+    assert torch.equal(whole.view(-1), rows.view(-1))
+
+
+@EVERY_TYPE
+def test_strided_input_and_no_rows(qtype):
+    x = gaussian(512, 6)
+    assert torch.equal(quantize(x.t(), qtype), quantize(x.t().contiguous(), qtype))
+    assert quantize(torch.zeros(0, 512), qtype).shape[0] == 0
+    before = x.clone()
+    quantize(x.t(), qtype)
+    assert torch.equal(x, before)
+
+
+@EVERY_TYPE
+def test_error_is_that_of_the_bits(qtype):
+    """Bounds: a tenth above what ggml loses on Gaussian weights; a swapped nibble is far off."""
+    bound = {
+        "F32": 0, "F16": 2.4e-4, "BF16": 1.9e-3, "Q8_0": 0.0056, "Q6_K": 0.02, "Q5_K": 0.038,
+        "Q5_1": 0.042, "Q5_0": 0.047, "Q4_K": 0.077, "Q4_1": 0.088, "Q4_0": 0.096,
+        "IQ4_NL": 0.081, "IQ4_XS": 0.081, "MXFP4": 0.13, "Q3_K": 0.16, "Q2_K": 0.34,
+    }  # fmt: skip
+    assert relative_error(gaussian(16, 1024), qtype) <= bound[qtype.name]
+
+
+def test_error_falls_with_the_bits():
+    x = gaussian(16, 1024)
+    ladder = [T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.Q8_0, T.F16, T.F32]
+    errors = [relative_error(x, qtype) for qtype in ladder]
+    assert errors == sorted(errors, reverse=True) and errors[-1] == 0
+
+
+@pytest.mark.parametrize("qtype", [T.Q4_0, T.Q5_0, T.Q8_0, T.Q6_K, T.MXFP4, *PLAIN])
+def test_values_on_the_grid_come_back(qtype):
+    """Whole numbers of a power of two, with the number of the grid's end among them."""
+    end = {T.Q4_0: -8, T.Q5_0: -16, T.Q8_0: 127, T.Q6_K: -32, T.MXFP4: 6}.get(qtype, 7)
+    x = torch.randint(-3, 4, (4, 512), generator=torch.Generator().manual_seed(0)).float()
+    x[:, ::16] = end
+    x *= 0.125
+    assert torch.equal(dequantize(quantize(x, qtype), qtype, x.shape), x)
+
+
+@EVERY_BLOCK
+def test_a_second_time_changes_little(qtype):
+    """What was read back and is written again loses next to nothing more."""
+    x = gaussian(8, 512)
+    once = dequantize(quantize(x, qtype), qtype, x.shape)
+    twice = dequantize(quantize(once, qtype), qtype, x.shape)
+    assert (twice - once).norm() <= 0.5 * (once - x).norm()
+
+
+@EVERY_TYPE
+def test_zeros_stay_zero(qtype):
+    x = torch.zeros(2, 512)
+    for importance in (None, torch.ones(512), torch.zeros(512)):
+        assert not dequantize(quantize(x, qtype, importance), qtype, x.shape).any()
+
+
+WEIGHTED = [qtype for qtype in BLOCKS if qtype not in (T.Q8_0, T.MXFP4)]
+
+
+@pytest.mark.parametrize("qtype", WEIGHTED, ids=lambda qtype: qtype.name)
+def test_importance_lowers_the_error_where_it_lies(qtype):
+    x, importance = gaussian(64, 512), torch.full((512,), 1e-3)
+    importance[::8] = 1.0
+
+    def error(weighing):
+        back = dequantize(quantize(x, qtype, weighing), qtype, x.shape)
+        return float((importance * (back - x).square()).sum())
+
+    assert error(importance) < error(None)
+
+
+@pytest.mark.parametrize("qtype", [T.Q8_0, T.MXFP4, *PLAIN])
+def test_importance_is_passed_over_where_nothing_is_weighed(qtype):
+    x = gaussian(4, 512)
+    assert torch.equal(quantize(x, qtype, torch.rand(512)), quantize(x, qtype))
+
+
+@pytest.mark.parametrize("qtype", PLAIN)
+def test_plain_types_are_rounded_casts(qtype):
+    x = gaussian(3, 10)
+    back = dequantize(quantize(x, qtype), qtype, x.shape)
+    assert torch.equal(back, dequantize(quantize(back, qtype), qtype, x.shape))
+    if qtype != T.BF16:  # gguf-py's BF16 rounds alike, and is compared where it is exact
+        want = gguf.quants.quantize(x.numpy(), qtype).view(np.uint8)
+        assert quantize(x, qtype).numpy().tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@EVERY_TYPE
+def test_nan_and_infinity_are_named(qtype, bad):
+    x = gaussian(3, 512)
+    x[1, 77] = bad
+    with pytest.raises(GGUFError, match=rf"1 of 1536 weights.*{bad}, at \(1, 77\): {qtype.name}"):
+        quantize(x, qtype)
+
+
+@pytest.mark.parametrize(
+    ("x", "qtype", "message"),
+    [
+        (torch.zeros(2, 255), T.Q6_K, "256 weights a block, which does not divide rows of 255"),
+        (torch.zeros(2, 33), T.Q8_0, "32 weights a block, which does not divide rows of 33"),
+        (torch.zeros(512), T.Q8_0, r"float32, not torch.float32 of shape \(512,\)"),
+        (torch.zeros(2, 2, 32), T.Q8_0, r"\(rows, cols\) float32, not .*\(2, 2, 32\)"),
+        (torch.zeros(2, 32, dtype=torch.float16), T.Q8_0, "not torch.float16"),
+        (torch.zeros(2, 32, dtype=torch.float64), T.F32, "not torch.float64"),
+        (torch.zeros(2, 256), T.I32, r"I32 can be read but not written \(writable: F32, F16, .*"),
+        (torch.zeros(2, 256), 999, "type 999 is unknown"),
+    ],
+)
+def test_bad_weights_are_told(x, qtype, message):
+    with pytest.raises(GGUFError, match=message):
+        quantize(x, qtype)
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (torch.ones(511), r"shape \(512,\).*not torch.float32 of shape \(511,\)"),
+        (torch.ones(2, 512), r"shape \(512,\).*shape \(2, 512\)"),
+        (torch.ones(512, dtype=torch.float64), "not torch.float64"),
+        (torch.ones(512).index_fill(0, torch.tensor(5), -1.0), "negative, NaN or infinite"),
+        (torch.ones(512).index_fill(0, torch.tensor(5), torch.nan), "negative, NaN or infinite"),
+    ],
+)
+def test_bad_importance_is_told(importance, message):
+    for qtype in (T.Q4_K, T.Q8_0, T.F16):
+        with pytest.raises(GGUFError, match=message):
+            quantize(torch.zeros(2, 512), qtype, importance)
+
+
+def test_types_that_cannot_be_written_are_told():
+    unwritable = [qtype for qtype in QTYPES if qtype not in writable_types()]
+    for qtype in unwritable:
+        with pytest.raises(GGUFError, match=rf"{qtype.name} can be read .*writable: .*Q8_0.*Q2_K"):
+            quantize(torch.zeros(2, 256), qtype)
