@@ -1,0 +1,96 @@
+"""Make GGUF files of any model, and see what that cost: `python -m quant convert SRC DST …`."""
+
+import argparse
+import signal
+import sys
+
+from . import commands
+from .errors import GGUFError
+
+_CONVERT = """\
+SRC  a .safetensors file (f32, f16, bf16, fp8 with scales), the first of its shards
+     (…-00001-of-00003.safetensors) or their index (….safetensors.index.json), or a .gguf file
+DST  the .gguf file; an old one of that name stays until the new one is whole
+
+Of a checkpoint with several parts the diffusion model is taken, its prefix stripped; text encoders
+and VAE are left out (--prefix takes another part). Tensors that are delicate, small or no matrices
+keep 16 or 32 bits whatever the recipe.
+
+  python -m quant convert sd3.5_medium.safetensors sd3.5_medium-Q6_K.gguf --type Q6_K
+  python -m quant convert flux1-dev.safetensors flux1-dev-4.gguf --recipe flash-4 --plot cost.png
+  python -m quant convert all-in-one.safetensors vae.gguf --type F16 --prefix first_stage_model.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0 done, 1 an error told in one line on stderr, 2 wrong usage."""
+    options = parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
+    try:
+        options.run(options)
+    except GGUFError as error:
+        print(f"python -m quant: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; nothing was changed", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m quant", description=__doc__)
+    add = top.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
+    _add_convert(add)
+    command = add("inspect", help="what a file holds: architecture, metadata, types, size")
+    command.add_argument("file")
+    command.set_defaults(run=commands.run_inspect)
+    _add_output(command)
+    command = add("compare", help="what B costs against A, tensor by tensor")
+    command.add_argument("first", metavar="A", help="the original, .safetensors or .gguf")
+    command.add_argument("second", metavar="B", help="what was made of it")
+    command.set_defaults(run=commands.run_compare)
+    _add_output(command, plot=True)
+    for name, run in (("recipes", commands.run_recipes), ("types", commands.run_types)):
+        command = add(name, help=f"the {name} that there are")
+        command.add_argument("--json", action="store_true", help="as JSON")
+        command.set_defaults(run=run)
+    return top
+
+
+def _add_convert(add) -> None:
+    command = add(
+        "convert",
+        help="quantise a model",
+        epilog=_CONVERT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=commands.run_convert)
+    option = command.add_argument
+    option("source", metavar="SRC")
+    option("destination", metavar="DST")
+    how = command.add_mutually_exclusive_group(required=True)
+    how.add_argument("--recipe", metavar="NAME", help="a mix of types: `python -m quant recipes`")
+    how.add_argument("--type", type=commands.parse_type, metavar="TYPE",
+                     help="one type for ordinary matrices: `python -m quant types`")  # fmt: skip
+    option("--tensor", action="append", default=[], metavar="PATTERN=TYPE",
+           type=commands.parse_override, help="for names like '*.qkv.weight=Q8_0'")  # fmt: skip
+    option("--meta", action="append", default=[], type=commands.parse_meta, metavar="KEY=VALUE",
+           help="a field to write, as fewstep.sigmas.4=1,0.9,0.75,0.5,0")  # fmt: skip
+    option("--arch", metavar="TAG", help="general.architecture, where names do not tell it")
+    option("--prefix", help="take only tensors whose names begin so, and strip it; '' for all")
+    option("--allow-nonfinite", action="store_true",
+           help="go on at NaN and infinity: 0 in a quantised tensor")  # fmt: skip
+    option("--no-measure", action="store_true", help="do not measure errors; faster")
+    _add_output(command, plot=True)
+
+
+def _add_output(command: argparse.ArgumentParser, plot: bool = False) -> None:
+    command.add_argument("--json", action="store_true", help="the report as JSON")
+    command.add_argument("--tensors", action="store_true", help="a line for each tensor")
+    command.add_argument("--quiet", action="store_true", help="no progress line")
+    if plot:
+        command.add_argument("--plot", metavar="F.png", help="draw the errors (needs Pillow)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""What `python -m quant` does: each command takes the parsed options and prints to stdout."""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+
+from .architectures import ARCHITECTURES
+from .compare import compare, inspect
+from .convert import Options, convert
+from .errors import GGUFError
+from .plan import make_plan
+from .quantize import writable_types
+from .reader import GGUFFile
+from .recipes import RECIPES, recipe_named, recipe_of_type, type_named
+from .report import Report
+from .sources import open_source
+from .types import PLAIN_TYPES, QTYPES
+
+_SHOWN = 72  # characters of a metadata field
+
+
+def run_convert(options: argparse.Namespace) -> None:
+    """SRC -> DST, and the report."""
+    recipe = recipe_named(options.recipe) if options.recipe else recipe_of_type(options.type)
+    source = open_source(options.source)
+    plan = make_plan(source, recipe, options.tensor, options.arch, options.prefix)
+    work = Options(options.allow_nonfinite, not options.no_measure, _progress(options.quiet))
+    _show(convert(plan, options.destination, dict(options.meta), work), options)
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """B against A."""
+    _show(compare(options.first, options.second, _progress(options.quiet)), options)
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """What a file holds."""
+    report, fields = inspect(options.file), _fields(options.file)
+    if options.json:
+        print(json.dumps(report.as_dict() | {"metadata": fields}, indent=2, ensure_ascii=False))
+        return
+    width = max(map(len, fields), default=0)
+    report.notes += [f"{key:<{width}}  {_short(value)}" for key, value in fields.items()]
+    print(report.text(options.tensors))
+
+
+def run_recipes(options: argparse.Namespace) -> None:
+    """The recipes, a line each."""
+    if options.json:
+        rows = {
+            recipe.name: {
+                "about": recipe.about,
+                "base": recipe.base.name if recipe.base is not None else "F16 or BF16",
+                "rules": [[rule.role, rule.place, rule.qtype.name] for rule in recipe.rules],
+            }
+            for recipe in RECIPES.values()
+        }
+        print(json.dumps(rows, indent=2))
+        return
+    for recipe in RECIPES.values():
+        print(f"{recipe.name:<9} {recipe.about}")
+    print("\nNever quantised: tensors of one dimension or at most 1024 weights, convolutions, and")
+    print("what meets noise, time, text and pixels in", end=" ")
+    print(", ".join(row.tag for row in ARCHITECTURES) + ".")
+
+
+def run_types(options: argparse.Namespace) -> None:
+    """The types, a line each."""
+    writable = writable_types()
+    rows = [(T.name, 8.0 * dtype.itemsize, 1, str(dtype)[6:], T in writable)
+            for T, dtype in PLAIN_TYPES.items()]  # fmt: skip
+    rows += [(T.name, row.bits_per_weight, row.block_size, row.about, T in writable)
+             for T, row in QTYPES.items()]  # fmt: skip
+    if options.json:
+        keys = ("type", "bits_per_weight", "block", "about", "writable")
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
+        return
+    print(f"{'type':<8} {'bits':>6} {'block':>5}  about")
+    for name, bits, block, about, can in rows:
+        print(f"{name:<8} {bits:>6.4g} {block:>5}  {about}{'' if can else ' (only read)'}")
+
+
+def _show(report: Report, options: argparse.Namespace) -> None:
+    """Print the report as asked, and draw it."""
+    if options.plot:
+        from .plot import draw
+
+        draw(report, options.plot)
+    if options.json:
+        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        print(report.text(options.tensors))
+
+
+def _fields(path: str) -> dict[str, object]:
+    """All metadata of a file, as plain data."""
+    if not path.lower().endswith(".gguf"):
+        return open_source(path).metadata
+    with GGUFFile(path) as file:
+        return dict(file.metadata)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and len(value) > 12:
+        return f"{len(value)} values, {json.dumps(value[:3], ensure_ascii=False)[1:-1]}, …"
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def _progress(quiet: bool):
+    """A callback that draws one line on a terminal's stderr, or None."""
+    if quiet or not sys.stderr.isatty():
+        return None
+    last = 0.0
+
+    def draw(done: int, total: int, name: str) -> None:
+        nonlocal last
+        finished = done >= total
+        if not finished and time.monotonic() - last < 0.1:
+            return
+        last = time.monotonic()
+        width = shutil.get_terminal_size().columns - 1
+        bar = "█" * (20 * done // max(1, total))
+        line = "" if finished else f"{bar:░<20} {done / max(1, total):4.0%} {name}"
+        print(f"\r{line[:width]:<{width}}\r", end="", file=sys.stderr, flush=True)
+
+    return draw
+
+
+def parse_meta(text: str) -> tuple[str, object]:
+    """'key=value' -> (key, value): JSON where it is that, numbers with commas a list, else text."""
+    key, sign, value = text.partition("=")
+    if not sign or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    for candidate in (value, f"[{value}]"):
+        try:
+            parsed = json.loads(candidate)
+        except ValueError:
+            continue
+        if isinstance(parsed, list) and any(isinstance(item, float) for item in parsed):
+            parsed = [float(item) for item in parsed]
+        if isinstance(parsed, str | int | float | list):
+            return key, parsed
+    return key, value
+
+
+def parse_override(text: str) -> tuple[str, object]:
+    """'PATTERN=TYPE' -> (pattern, type)."""
+    pattern, sign, name = text.rpartition("=")
+    if not sign or not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TYPE")
+    return pattern, parse_type(name)
+
+
+def parse_type(name: str):
+    try:
+        return type_named(name)
+    except GGUFError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,181 @@
+"""Carry out a plan: read, check, pack and write one tensor after another, a few rows at a time."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gguf import GGMLQuantizationType as T
+from torch import Tensor
+
+from .dequant import dequantize
+from .errors import GGUFError
+from .measure import Errors
+from .plan import Choice, Plan
+from .quantize import quantize
+from .report import Report, Row, size_text
+from .types import PLAIN_TYPES
+from .writer import NamedTensor, write_gguf
+
+Progress = Callable[[int, int, str], None]  # weights done, weights in all, the tensor at work
+_HEADER_ROOM = 2**20  # bytes kept free besides the tensors and the fields
+
+
+@dataclass(frozen=True)
+class Options:
+    """measure: compare what is written with the source (about a fifth of the time)."""
+
+    allow_nonfinite: bool = False
+    measure: bool = True
+    progress: Progress | None = None
+
+
+def convert(
+    plan: Plan,
+    destination: str | os.PathLike[str],
+    metadata: Mapping[str, object] | None = None,
+    options: Options | None = None,
+) -> Report:
+    """Write `destination` after `plan`; the report of what that cost.
+
+    The old file of that name stays until the new one is whole. `metadata` goes before the source's.
+
+    Raises: GGUFError, before any work, for a destination that is the source, cannot be written or
+    does not fit on the disk; and, leaving nothing behind, for NaN or infinity in a weight.
+    """
+    options = options or Options()
+    path = Path(destination)
+    check_destination(plan, path)
+    started = time.monotonic()
+    rows: dict[str, Row] = {}
+    fields = {**plan.source.metadata, **(metadata or {})}
+    fields["general.file_type"] = int(plan.recipe.file_type)
+    work = _Work(plan, options, rows)
+    write_gguf(path, plan.architecture.tag, fields, work.tensors())
+    return Report(
+        title=f"{path}: {plan.architecture.about} by {plan.recipe.name}, from {plan.source.path}",
+        size=path.stat().st_size,
+        architecture=plan.architecture.tag,
+        rows=list(rows.values()),
+        notes=[*plan.notes, *work.notes],
+        source_size=sum(choice.source.nbytes for choice in plan.choices),
+        seconds=time.monotonic() - started,
+    )
+
+
+def check_destination(plan: Plan, path: Path) -> None:
+    """Raises: GGUFError if the plan cannot be written to `path`, told without writing."""
+    folder = path.parent
+    if path.is_dir():
+        raise GGUFError(f"{path}: a folder: name a file in it")
+    if not folder.is_dir():
+        raise GGUFError(f"{path}: there is no folder {folder}: make it first")
+    for source in plan.source.files:
+        if path.exists() and os.path.samefile(path, source):
+            raise GGUFError(f"{path}: is the source itself: choose another name")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise GGUFError(f"{path}: cannot be written: change its permissions, or the folder's")
+    needed, free = plan.nbytes + _HEADER_ROOM, shutil.disk_usage(folder).free
+    if needed > free:
+        raise GGUFError(
+            f"{path}: takes {size_text(needed)}, but only {size_text(free)} are free there: make "
+            "room (an old file of that name is replaced only at the end), or write elsewhere"
+        )
+
+
+class _Work:
+    """Makes the blocks of each tensor when the writer asks for them."""
+
+    def __init__(self, plan: Plan, options: Options, rows: dict[str, Row]):
+        self.plan, self.options, self.rows = plan, options, rows
+        self.notes: list[str] = []
+        self.done, self.total = 0, sum(choice.source.numel for choice in plan.choices)
+
+    def tensors(self) -> Iterator[NamedTensor]:
+        for choice in self.plan.choices:
+            blocks = self._maker(choice)
+            yield choice.name, (blocks, choice.qtype, choice.source.shape)
+
+    def _maker(self, choice: Choice) -> Callable[[], Tensor]:
+        return lambda: self._make(choice)
+
+    def _make(self, choice: Choice) -> Tensor:
+        """(nbytes,) uint8"""
+        source, at = choice.source, 0
+        out = torch.empty(choice.nbytes, dtype=torch.uint8)
+        errors = Errors() if self.options.measure and _is_float(choice.qtype) else None
+        for start, stop in source.chunks():
+            blocks = self._pack(choice, start, stop, errors)
+            out[at : at + blocks.numel()] = blocks.view(-1)
+            at += blocks.numel()
+            self.done += (stop - start) * source.cols
+            if self.options.progress is not None:
+                self.options.progress(self.done, self.total, choice.name)
+        self.rows[choice.name] = Row(
+            choice.name,
+            source.shape,
+            source.label,
+            choice.qtype.name,
+            choice.nbytes,
+            errors,
+            choice.why,
+        )
+        return out
+
+    def _pack(self, choice: Choice, start: int, stop: int, errors: Errors | None) -> Tensor:
+        """uint8 of the rows `start` … `stop` in the new type."""
+        source, qtype = choice.source, choice.qtype
+        if source.qtype is qtype and source.scale is None:
+            raw = source.raw(start, stop)
+            if _is_float(qtype):
+                x = source.decode(raw)
+                self._check_finite(choice, x, start)
+                if errors is not None:
+                    errors.add(x, x)
+            return raw
+        x = source.read(start, stop)
+        sound = self._check_finite(choice, x, start)
+        if qtype in PLAIN_TYPES:
+            y = x.to(PLAIN_TYPES[qtype])
+            if sound and qtype is T.F16:
+                self._check_range(choice, x, y)
+            if errors is not None:
+                errors.add(x, y.float())
+            return y.view(-1).view(torch.uint8)
+        if not sound:
+            x = x.nan_to_num(0.0, 0.0, 0.0)
+        blocks = quantize(x, qtype)
+        if errors is not None:
+            errors.add(x, dequantize(blocks, qtype, tuple(x.shape)))
+        return blocks
+
+    def _check_finite(self, choice: Choice, x: Tensor, start: int) -> bool:
+        """Whether all of `x` is finite. Raises: GGUFError where it is not and must be."""
+        finite = x.isfinite()
+        if bool(finite.all()):
+            return True
+        count = x.numel() - int(finite.sum())
+        row = start + int((~finite.view(-1)).nonzero()[0]) // max(1, choice.source.cols)
+        what = f"tensor {choice.source.name!r} holds {count} NaN or infinite weights, row {row} on"
+        if not self.options.allow_nonfinite:
+            raise GGUFError(
+                f"{choice.source.path}: {what}: the file is damaged or badly trained: get another, "
+                "or go on with --allow-nonfinite"
+            )
+        kept = "kept" if choice.qtype in PLAIN_TYPES else "stored as 0"
+        self.notes.append(f"{what}: {kept}")
+        return False
+
+    def _check_range(self, choice: Choice, x: Tensor, half: Tensor) -> None:
+        if not bool(half.isfinite().all()):
+            raise GGUFError(
+                f"{choice.source.path}: tensor {choice.source.name!r} holds "
+                f"{float(x.abs().max())}, which F16 cannot: add --tensor {choice.name}=BF16"
+            )
+
+
+def _is_float(qtype: T) -> bool:
+    return qtype not in PLAIN_TYPES or PLAIN_TYPES[qtype].is_floating_point

@@ -1,0 +1,90 @@
+"""`python -m quant` as a person runs it: output, exit codes, one line for a mistake."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fewstep.quant import GGUFFile
+from fewstep.tests.quant import models
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments, cwd=ROOT):
+    command = [sys.executable, "-W", "error", "-m", "quant", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "sd3.safetensors"
+    save_file(models.sd3(), path)
+    return path
+
+
+def test_convert_inspect_compare(tmp_path, source):
+    target = tmp_path / "a.gguf"
+    fields = ["--meta", "fewstep.sigmas.2=1,0.5,0", "--meta", "general.name=my model"]
+    done = run("convert", source, target, "--type", "q8_0", "--json", *fields)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["architecture"] == "sd3" and 8.5 < report["bits_per_weight"] < 10
+    assert report["size"] == target.stat().st_size
+    metadata = GGUFFile(target).metadata
+    assert metadata["fewstep.sigmas.2"] == [1, 0.5, 0] and metadata["general.name"] == "my model"
+
+    done = run("inspect", target)
+    assert done.returncode == 0
+    assert "sd3" in done.stdout and "Q8_0" in done.stdout and "my model" in done.stdout
+    told = json.loads(run("inspect", target, "--json").stdout)
+    assert told["metadata"]["general.name"] == "my model"
+    assert {entry["type"] for entry in told["types"]} == {"Q8_0", "BF16", "F32"}
+
+    done = run("compare", source, target, "--json")
+    compared = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert compared["relative_error"] == pytest.approx(report["relative_error"])
+    assert compared["worst"] == report["worst"]
+
+
+def test_mistakes_are_one_line_without_traceback(tmp_path, source):
+    (tmp_path / "a.ckpt").write_bytes(b"\x80\x02")
+    (tmp_path / "cut.safetensors").write_bytes(source.read_bytes()[:-100])
+    out = tmp_path / "out.gguf"
+    cases = {
+        "No such file": (tmp_path / "absent.safetensors", out),
+        "a pickle": (tmp_path / "a.ckpt", out),
+        "bytes are missing": (tmp_path / "cut.safetensors", out),
+        "is the source itself": (source, source),
+        "no folder": (source, tmp_path / "absent" / "a.gguf"),
+    }
+    for message, (first, second) in cases.items():
+        done = run("convert", first, second, "--type", "Q8_0")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert message in done.stderr and done.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_wrong_usage_shows_what_there_is():
+    for arguments, message in (
+        (["convert", "a", "b", "--type", "Q9"], "known: F32"),
+        (["convert", "a", "b"], "--recipe"),
+        (["convert", "a", "b", "--type", "Q8_0", "--tensor", "x"], "PATTERN=TYPE"),
+        (["convert", "a", "b", "--type", "Q8_0", "--meta", "x"], "KEY=VALUE"),
+        ([], "COMMAND"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2 and message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_lists(source):
+    assert "flash-6" in run("recipes").stdout
+    assert json.loads(run("recipes", "--json").stdout)["Q4_K_M"]["base"] == "Q4_K"
+    rows = {row["type"]: row for row in json.loads(run("types", "--json").stdout)}
+    assert rows["Q8_0"]["writable"] and rows["Q8_0"]["bits_per_weight"] == 8.5
+    done = run("convert", source, "b.gguf", "--recipe", "nope")
+    assert done.returncode in (1, 2) and "flash-16, flash-8" in done.stderr
