@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class
 from comfy_kitchen.tensor.base import BaseLayoutParams
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType
 
-from ..quant import dequantize
+from ..quant import GGUFError, dequantize, quantize
 
 LAYOUT = "FewStepGGUFLayout"
 
@@ -36,19 +36,19 @@ class GGUFLayout(QuantizedLayout):
         """(…, row) float -> blocks. The host's options (`scale`, `stochastic_rounding`) have no
         meaning for ggml blocks: their scales follow from the values alone.
 
-        Raises: ValueError for the types that gguf-py cannot write.
+        Raises: GGUFError for the few types that cannot be written, and for what is not finite.
         """
-        rows = tensor.detach().float().cpu().reshape(-1, tensor.shape[-1])
+        rows = tensor.detach().float().reshape(-1, tensor.shape[-1])
         try:
-            qdata = torch.from_numpy(quants.quantize(rows.numpy(), qtype))
-        except NotImplementedError as error:
-            raise ValueError(
+            qdata = quantize(rows, qtype)
+        except GGUFError as error:
+            raise GGUFError(
                 f"A {qtype.name} weight cannot take a LoRA in place, as LoRA hooks and saving a "
-                "partly loaded model ask for. Load the LoRA with an ordinary LoRA loader, or take "
-                "a Q8_0 file."
+                f"partly loaded model ask for: {error}. Load the LoRA with an ordinary LoRA "
+                "loader, or take a Q8_0 file."
             ) from error
         params = cls.Params(orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape), qtype=qtype)
-        return qdata.to(tensor.device), params
+        return qdata, params
 
     @classmethod
     def requantize_kwargs(cls, qtensor):

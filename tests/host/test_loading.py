@@ -324,8 +324,18 @@ def test_damaged_safetensors_is_named(tmp_path, loader, content, said):
         LOADERS[loader](str(tmp_path / "s.SAFETENSORS"))
 
 
-def test_lora_hook_on_a_type_that_cannot_be_written_says_so(tmp_path):
+def test_a_lora_hook_writes_the_sum_in_the_weights_own_type():
+    """K-quants too, which gguf-py cannot write."""
     blocks, qtype, shape = toys.random_blocks(torch.zeros(4, 256), T.Q4_K)
     weight = wrap(blocks, qtype, shape)
-    with pytest.raises(ValueError, match="Q4_K weight cannot take a LoRA in place"):
+    wanted = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    patched = weight.requantize_from_float(wanted)
+    assert patched.params.qtype == T.Q4_K and patched.shape == shape
+    assert (patched.dequantize().float() - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_lora_hook_on_a_type_that_cannot_be_written_says_so():
+    blocks, qtype, shape = toys.random_blocks(torch.zeros(4, 256), T.IQ1_S)
+    weight = wrap(blocks, qtype, shape)
+    with pytest.raises(ValueError, match="IQ1_S weight cannot take a LoRA in place"):
         weight.requantize_from_float(torch.zeros(4, 256))
