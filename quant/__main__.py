@@ -1,6 +1,7 @@
 """Make GGUF files of any model, and see what that cost: `python -m quant convert SRC DST …`."""
 
 import argparse
+import importlib
 import signal
 import sys
 
@@ -25,7 +26,6 @@ keep 16 or 32 bits whatever the recipe.
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0 done, 1 an error told in one line on stderr, 2 wrong usage."""
     options = parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     try:
         options.run(options)
     except GGUFError as error:
@@ -76,12 +76,23 @@ def _add_convert(add) -> None:
            type=commands.parse_override, help="for names like '*.qkv.weight=Q8_0'")  # fmt: skip
     option("--meta", action="append", default=[], type=commands.parse_meta, metavar="KEY=VALUE",
            help="a field to write, as fewstep.sigmas.4=1,0.9,0.75,0.5,0")  # fmt: skip
+    option("--preset", type=_preset, default={}, metavar="NAME",
+           help="write the few-step schedule of flow/table.py so called")  # fmt: skip
     option("--arch", metavar="TAG", help="general.architecture, where names do not tell it")
     option("--prefix", help="take only tensors whose names begin so, and strip it; '' for all")
     option("--allow-nonfinite", action="store_true",
            help="go on at NaN and infinity: 0 in a quantised tensor")  # fmt: skip
     option("--no-measure", action="store_true", help="do not measure errors; faster")
     _add_output(command, plot=True)
+
+
+def _preset(name: str) -> dict[str, object]:
+    """The `fewstep.*` fields of a preset, from the room that knows them."""
+    flow = importlib.import_module(__package__.removesuffix("quant") + "flow")
+    try:
+        return flow.preset_to_metadata(flow.find_preset(name))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_output(command: argparse.ArgumentParser, plot: bool = False) -> None:
@@ -93,4 +104,5 @@ def _add_output(command: argparse.ArgumentParser, plot: bool = False) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every `finally` runs
     sys.exit(main())

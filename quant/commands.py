@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import time
@@ -11,6 +12,7 @@ from .compare import compare, inspect
 from .convert import Options, convert
 from .errors import GGUFError
 from .plan import make_plan
+from .plot import draw, pillow
 from .quantize import writable_types
 from .reader import GGUFFile
 from .recipes import RECIPES, recipe_named, recipe_of_type, type_named
@@ -25,13 +27,15 @@ def run_convert(options: argparse.Namespace) -> None:
     """SRC -> DST, and the report."""
     recipe = recipe_named(options.recipe) if options.recipe else recipe_of_type(options.type)
     source = open_source(options.source)
+    _check_plot(options.plot)
     plan = make_plan(source, recipe, options.tensor, options.arch, options.prefix)
     work = Options(options.allow_nonfinite, not options.no_measure, _progress(options.quiet))
-    _show(convert(plan, options.destination, dict(options.meta), work), options)
+    _show(convert(plan, options.destination, options.preset | dict(options.meta), work), options)
 
 
 def run_compare(options: argparse.Namespace) -> None:
     """B against A."""
+    _check_plot(options.plot)
     _show(compare(options.first, options.second, _progress(options.quiet)), options)
 
 
@@ -82,11 +86,19 @@ def run_types(options: argparse.Namespace) -> None:
         print(f"{name:<8} {bits:>6.4g} {block:>5}  {about}{'' if can else ' (only read)'}")
 
 
+def _check_plot(path: str | None) -> None:
+    """Raises: GGUFError, before the work, where the plot could not be drawn after it."""
+    if path is None:
+        return
+    pillow()
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder) or os.path.isdir(path):
+        raise GGUFError(f"{path}: not a file in a folder that there is")
+
+
 def _show(report: Report, options: argparse.Namespace) -> None:
     """Print the report as asked, and draw it."""
     if options.plot:
-        from .plot import draw
-
         draw(report, options.plot)
     if options.json:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))

@@ -19,12 +19,13 @@ from torch import Tensor
 from . import sniff
 from .dequant import as_plain
 from .errors import DAMAGED, GGUFError
-from .header import MAX_DIMS, Header, TensorEntry, parse_header
+from .header import Header, TensorEntry, parse_header
 from .metadata import Metadata
 from .types import PLAIN_TYPES, find_type
 
 ORIG_SHAPE = "comfy.gguf.orig_shape."  # + tensor name: its shape, where the file's differs (city96)
 _SHAPE_TYPES = (GGUFValueType.INT32, GGUFValueType.UINT32, GGUFValueType.INT64)
+_MAX_ORIG_DIMS = 16
 _MAX_WEIGHTS = 2**59  # keeps every byte count and stride within int64
 # Linux on x86, ARM and RISC-V; Python names it from 3.13 on. Without it the kernel refuses a
 # private mapping larger than its memory, though no page of it will be written.
@@ -189,7 +190,7 @@ def _shape(entry: TensorEntry, metadata: Metadata) -> tuple[int, ...]:
         return stored
     shape = tuple(metadata[key]) if metadata.element_type(key) in _SHAPE_TYPES else ()
     _check_shape(entry.name, shape)
-    if math.prod(shape) != math.prod(stored) or not 0 < len(shape) <= MAX_DIMS:
+    if math.prod(shape) != math.prod(stored) or not 0 < len(shape) <= _MAX_ORIG_DIMS:
         raise GGUFError(f"field {key!r} does not fit the tensor's {stored}; {DAMAGED}")
     return shape
 

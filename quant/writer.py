@@ -4,9 +4,12 @@ Over gguf-py's GGUFWriter, which knows the layout. The header needs each tensor'
 beforehand, not its data: give the data as a function to stream a model larger than memory.
 """
 
+import glob
 import math
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -24,14 +27,15 @@ from gguf import (
 from torch import Tensor
 
 from .errors import GGUFError
-from .header import DTYPES
+from .header import DTYPES, MAX_DIMS
 from .reader import ORIG_SHAPE
 from .types import PLAIN_TYPES, find_type
 
 Blocks = Tensor | Callable[[], Tensor]
 NamedTensor = tuple[str, Tensor | tuple[Blocks, GGMLQuantizationType, Sequence[int]]]
 
-_MAX_DIMS = 4  # ggml's
+_ORPHAN = re.compile(r"\.(\d+)-[0-9a-f]{8}\.tmp")  # the process that wrote it
+_ORPHAN_AGE = 60  # seconds since the last write; one that is written to is no orphan
 _QTYPES = {dtype: qtype for qtype, dtype in PLAIN_TYPES.items()}
 _VALUE_TYPES = {dtype: GGUFValueType(kind) for kind, dtype in DTYPES.items()}
 
@@ -55,7 +59,7 @@ class _Entry:
         """`shape`, or flat where GGUF has no room for it: `ORIG_SHAPE` then keeps it."""
         block_size = GGML_QUANT_SIZES[self.qtype][0]
         whole_rows = not self.shape or self.shape[-1] % block_size == 0
-        fits = whole_rows and len(self.shape) <= _MAX_DIMS
+        fits = whole_rows and len(self.shape) <= MAX_DIMS
         return self.shape if fits else (math.prod(self.shape),)
 
 
@@ -70,15 +74,19 @@ def write_gguf(
     metadata: text, bool, int (uint32; int32 if negative; 64 bits if larger), float (float32), a
     list of one of these (ints as int32 or int64), or numpy scalars and arrays, whose dtype decides.
     tensors: (name, plain tensor) or (name, (blocks, qtype, shape)), where blocks is uint8 or a
-    function that makes it when its turn comes. A tensor of more than four dimensions, or whose rows
-    are not whole blocks, is stored flat, with its shape in `comfy.gguf.orig_shape.<name>`.
+    function that makes it when its turn comes. A tensor of more than five dimensions, or whose rows
+    are not whole blocks, is stored flat, with its shape in `comfy.gguf.orig_shape.<name>`. (ggml
+    has four dimensions, but video models' convolutions have five, and those who read their files,
+    city96/ComfyUI-GGUF and stable-diffusion.cpp, expect them as they are.)
 
-    Raises: GGUFError for what cannot be written. Whatever goes wrong, nothing is left behind.
+    Raises: GGUFError for what cannot be written. Whatever goes wrong, nothing is left behind; what
+    a killed process left is removed by the next that writes there.
     """
     path = Path(path)
     # Beside the target, since only a rename within a folder is atomic.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        _remove_orphans(path)
         entries = _entries(tensors)
         with closing(GGUFWriter(temporary, architecture)) as writer:
             _add_metadata(writer, architecture, metadata, entries)
@@ -204,3 +212,28 @@ def _sync(path: Path) -> None:
     """Have the file's bytes on the disk before its name, or a crash could leave an empty file."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def _remove_orphans(path: Path) -> None:
+    """Delete temporary files for `path` whose process is gone and that nobody has written to."""
+    start = f".{path.name}"
+    for found in path.parent.glob(glob.escape(start) + ".*.tmp"):
+        match = _ORPHAN.fullmatch(found.name.removeprefix(start))
+        if match is None or not _gone(int(match[1])):
+            continue
+        with suppress(FileNotFoundError, PermissionError):  # Windows keeps files that are open
+            if time.time() - found.stat().st_mtime > _ORPHAN_AGE:
+                found.unlink()
+
+
+def _gone(process: int) -> bool:
+    """Whether there is no such process; on Windows, where asking would end it, always true."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False

@@ -1,5 +1,10 @@
 """A model becomes a GGUF file: what each tensor turns into, streamed, whole or not at all."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -12,6 +17,8 @@ from fewstep.quant.sources import open_source
 from fewstep.tests.quant import models
 from gguf import GGMLQuantizationType as T
 from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[2]
 
 
 def make(source, target, recipe=T.Q8_0, metadata=None, options=None, **plan):
@@ -203,3 +210,79 @@ def test_tensors_stored_flat_are_read_row_by_row(tmp_path, monkeypatch):
     make(tmp_path / "a.gguf", tmp_path / "b.gguf", T.F32, overrides=[("*", T.F32)])
     want = dequantize(blocks, T.Q8_0, (64, 3))
     assert torch.equal(GGUFFile(tmp_path / "b.gguf").tensor("conv.weight"), want)
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from quant.convert import Options, convert
+from quant.plan import make_plan
+from quant.recipes import recipe_named
+from quant.sources import open_source
+
+def wait(done, total, name):
+    if done > total // 2:
+        print("half way", flush=True)
+        time.sleep(60)
+
+plan = make_plan(open_source(sys.argv[2]), recipe_named("flash-8"))
+convert(plan, sys.argv[3], options=Options(progress=wait))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("before", [None, b"old"], ids=["new", "old"])
+def test_kill_leaves_the_old_file_and_the_next_run_cleans_up(tmp_path, source, before):
+    target = tmp_path / "a.gguf"
+    if before is not None:
+        target.write_bytes(before)
+    command = [sys.executable, "-c", KILLED, ROOT, source[0], target]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "half way\n"
+        process.kill()
+    assert (target.read_bytes() if target.exists() else None) == before
+    (orphan,) = tmp_path.glob(".a.gguf.*.tmp")
+    assert orphan.stat().st_size > 10_000
+    make(source[0], target, "flash-8")
+    assert orphan.exists()  # too fresh to be sure of
+    os.utime(orphan, (1e9, 1e9))
+    mine = tmp_path / f".a.gguf.{os.getpid()}-0123abcd.tmp"
+    mine.write_bytes(b"of a process that lives")
+    os.utime(mine, (1e9, 1e9))
+    make(source[0], target, "flash-8")
+    assert not orphan.exists() and mine.exists()
+    assert GGUFFile(target).architecture == "sd3"
+
+
+MEASURED = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import quant.__main__
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+code = quant.__main__.main(["convert", sys.argv[2], sys.argv[3], "--type", sys.argv[4], "--json"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no getrusage")
+@pytest.mark.parametrize(("qtype", "count"), [("Q8_0", 12), ("Q4_K", 6)])
+def test_memory_stays_within_a_gigabyte_of_the_largest_tensor(tmp_path, qtype, count):
+    """`count` x 268 MB of bf16, zeros but for a row each, so that the disk holds little of it."""
+    rows, cols = 16384, 8192
+    size = rows * cols * 2
+    entries = {f"blk.{i}.weight": ("BF16", (rows, cols), i * size, (i + 1) * size)
+               for i in range(count)}  # fmt: skip
+    path = tmp_path / "a.safetensors"
+    models.header_only(path, entries)
+    start = path.stat().st_size
+    os.truncate(path, start + count * size)
+    with open(path, "rb+") as file:
+        for i in range(count):
+            file.seek(start + i * size)
+            file.write(torch.randn(cols).bfloat16().view(torch.uint8).numpy().tobytes())
+    command = [sys.executable, "-c", MEASURED, ROOT, path, tmp_path / "a.gguf", qtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown = int(done.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    assert grown < size + 2**29  # half of what is promised

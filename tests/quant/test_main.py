@@ -4,18 +4,37 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from fewstep.flow import preset_from_metadata
 from fewstep.quant import GGUFFile
+from fewstep.quant.__main__ import main
 from fewstep.tests.quant import models
+from PIL import Image
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments, cwd=ROOT):
+def from_shell(*arguments):
     command = [sys.executable, "-W", "error", "-m", "quant", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def run(capsys):
+    """run(argument, …) -> what `from_shell` gives, without a process of its own."""
+
+    def call(*arguments):
+        try:
+            code = main(list(map(str, arguments)))
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=said.out, stderr=said.err)
+
+    return call
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +44,7 @@ def source(tmp_path_factory):
     return path
 
 
-def test_convert_inspect_compare(tmp_path, source):
+def test_convert_inspect_compare(run, tmp_path, source):
     target = tmp_path / "a.gguf"
     fields = ["--meta", "fewstep.sigmas.2=1,0.5,0", "--meta", "general.name=my model"]
     done = run("convert", source, target, "--type", "q8_0", "--json", *fields)
@@ -50,10 +69,36 @@ def test_convert_inspect_compare(tmp_path, source):
     assert compared["worst"] == report["worst"]
 
 
-def test_mistakes_are_one_line_without_traceback(tmp_path, source):
+def test_works_from_the_shell(tmp_path, source):
+    done = from_shell(
+        "convert", source, tmp_path / "a.gguf", "--type", "Q4_0", "--preset", "swd-sd3.5"
+    )
+    assert (done.returncode, done.stderr) == (0, "") and "bits a weight" in done.stdout
+    assert GGUFFile(tmp_path / "a.gguf").metadata["fewstep.rule"] == "renoise"
+    done = from_shell("inspect", tmp_path / "absent.gguf")
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_preset_plot_and_lines_for_all_tensors(run, tmp_path, source):
+    target, plot = tmp_path / "a.gguf", tmp_path / "a.png"
+    options = ["--preset", "sd3.5-large-turbo", "--plot", plot, "--tensors"]
+    done = run("convert", source, target, "--recipe", "Q4_0", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(name in done.stdout for name in models.sd3())
+    preset = preset_from_metadata(GGUFFile(target).metadata)
+    assert preset.name == "sd3.5-large-turbo"
+    with Image.open(plot) as picture:
+        assert picture.size == (1200, 640) and len(picture.getcolors(10**6)) > 3
+    done = run("compare", target, target, "--plot", tmp_path / "same.png")  # nothing to draw
+    assert done.returncode == 0 and (tmp_path / "same.png").exists()
+
+
+def test_mistakes_are_one_line_without_traceback(run, tmp_path, source):
     (tmp_path / "a.ckpt").write_bytes(b"\x80\x02")
     (tmp_path / "cut.safetensors").write_bytes(source.read_bytes()[:-100])
     out = tmp_path / "out.gguf"
+    absent = run("compare", source, source, "--plot", tmp_path / "absent" / "a.png")
+    assert absent.returncode == 1 and "not a file in a folder" in absent.stderr
     cases = {
         "No such file": (tmp_path / "absent.safetensors", out),
         "a pickle": (tmp_path / "a.ckpt", out),
@@ -68,10 +113,11 @@ def test_mistakes_are_one_line_without_traceback(tmp_path, source):
     assert not out.exists()
 
 
-def test_wrong_usage_shows_what_there_is():
+def test_wrong_usage_shows_what_there_is(run):
     for arguments, message in (
         (["convert", "a", "b", "--type", "Q9"], "known: F32"),
         (["convert", "a", "b"], "--recipe"),
+        (["convert", "a", "b", "--type", "Q8_0", "--preset", "x"], "sd3.5-large-turbo"),
         (["convert", "a", "b", "--type", "Q8_0", "--tensor", "x"], "PATTERN=TYPE"),
         (["convert", "a", "b", "--type", "Q8_0", "--meta", "x"], "KEY=VALUE"),
         ([], "COMMAND"),
@@ -81,7 +127,7 @@ def test_wrong_usage_shows_what_there_is():
         assert "Traceback" not in done.stderr
 
 
-def test_lists(source):
+def test_lists(run, source):
     assert "flash-6" in run("recipes").stdout
     assert json.loads(run("recipes", "--json").stdout)["Q4_K_M"]["base"] == "Q4_K"
     rows = {row["type"]: row for row in json.loads(run("types", "--json").stdout)}

@@ -113,26 +113,28 @@ def test_any_strides_are_written_in_order(tmp_path):
 
 
 def test_more_than_four_dimensions_are_kept(tmp_path):
+    """Five as they are, as video models' files have them; more, or rows of parts, flat."""
     path = tmp_path / "a.gguf"
-    plain = torch.randn(2, 3, 1, 2, 2)
+    plain, six = torch.randn(2, 3, 1, 2, 2), torch.randn(2, 1, 2, 1, 2, 3)
     blocks = random_blocks(T.Q8_0, 1, 3)
     folded = random_blocks(T.Q6_K, 1, 9)  # rows of 3 are not whole blocks
     tensors = [
         ("plain", plain),
+        ("six", six),
         ("codes", (blocks, T.Q8_0, (2, 3, 4, 2, 2))),
         ("conv", (folded, T.Q6_K, (16, 16, 3, 3))),
     ]
     write_gguf(path, "wan", {}, tensors)
     file = GGUFFile(path)
-    assert torch.equal(file.tensor("plain"), plain)
+    assert torch.equal(file.tensor("plain"), plain) and torch.equal(file.tensor("six"), six)
     for name, data in (("codes", blocks), ("conv", folded)):
         info = file.tensors[name]
         assert torch.equal(file.blocks(name).flatten(), data.flatten())
         assert dequantize(file.blocks(name), info.qtype, info.shape).shape == info.shape
     assert file.tensors["conv"].shape == (16, 16, 3, 3)
     theirs = gguf.GGUFReader(path)
-    assert theirs.fields["comfy.gguf.orig_shape.plain"].types == [V.ARRAY, V.INT32]
-    assert [len(tensor.shape) for tensor in theirs.tensors] == [1, 1, 1]
+    assert theirs.fields["comfy.gguf.orig_shape.six"].types == [V.ARRAY, V.INT32]
+    assert [len(tensor.shape) for tensor in theirs.tensors] == [5, 1, 1, 1]
 
 
 def test_data_is_made_when_its_turn_comes(tmp_path):
