@@ -9,7 +9,15 @@ from torch import Tensor
 
 from . import tables
 from .bits import half, pack_planes
-from .rounding import divide, half_bytes, reciprocal, round_half_away, signed_amax, truncate
+from .rounding import (
+    divide,
+    half_bytes,
+    reciprocal,
+    round_half_away,
+    signed_amax,
+    smallest,
+    truncate,
+)
 from .search import make_qkx_quants, make_qx_quants
 
 
@@ -85,7 +93,7 @@ def _with_minimum(x: Tensor, nmax: int, weights: Tensor | None) -> tuple[Tensor,
         grid = (-0.9, 0.05, 36)
         d, low, q = make_qkx_quants(x.t().contiguous(), nmax, weights.t().contiguous(), grid)
         return torch.cat((half_bytes(d), half_bytes(-low)), 1), q.t()
-    vmin = x.amin(1)
+    vmin = smallest(x.t())
     d = divide(x.amax(1) - vmin, nmax)
     q = truncate((x - vmin.unsqueeze(1)) * reciprocal(d).unsqueeze(1) + 0.5)
     return torch.cat((half_bytes(d), half_bytes(vmin)), 1), q.clamp_(max=nmax)

@@ -59,6 +59,14 @@ def ordered_sum(terms: Tensor) -> Tensor:
     return total
 
 
+def smallest(x: Tensor) -> Tensor:
+    """Over dim 0: the smallest value, of zeros of either sign the first, unlike `amin`."""
+    low = x[0]
+    for value in x:
+        low = torch.where(value < low, value, low)
+    return low
+
+
 def amax_above_zero(x: Tensor) -> Tensor:
     """Over dim 0: the largest value, 0 if none is above zero; NaN is passed over."""
     largest = torch.zeros_like(x[0])

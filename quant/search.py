@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rounding import nearest_int, ordered_sum, quotient, signed_amax
+from .rounding import nearest_int, ordered_sum, quotient, signed_amax, smallest
 
 MAX_EPS = 1e-15  # GROUP_MAX_EPS: a group smaller than this is all zero
 _ROUNDS = 5  # of coordinate descent
@@ -82,7 +82,8 @@ def make_qkx_quants(
     judge by the absolute error. (make_qkx2_quants, and make_qkx3_quants, the same with weights)
     """
     rmin, rdelta, nstep = np.float32(grid[0]), np.float32(grid[1]), grid[2]
-    low, high = x.amin(0).clamp_(max=0.0), x.amax(0)
+    low, high = smallest(x), x.amax(0)
+    low = torch.where(low > 0, 0.0, low)
     flat, lowest = high == low, low
     sum_w, sum_x = ordered_sum(weights), ordered_sum(weights * x)
 

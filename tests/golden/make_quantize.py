@@ -44,6 +44,7 @@ def weights(rng: np.random.Generator, rows: int) -> Iterator[tuple[str, np.ndarr
     yield "positive", np.abs(gauss)
     yield "negative", -np.abs(gauss) - 1
     yield "sparse", np.where(rng.random(shape) < 0.9, 0, gauss)
+    yield "zeros of both signs", np.abs(gauss) * rng.choice([0.0, -0.0, 1.0], size=shape)
     alone = np.zeros(COLS)
     alone[37::64] = [1, -1, 1e-3, -1e-9, 1e-16, 1e-39, -1e38, 5]
     yield "one in a block", alone[None]
