@@ -72,12 +72,15 @@ def _add_convert(add) -> None:
     how.add_argument("--recipe", metavar="NAME", help="a mix of types: `python -m quant recipes`")
     how.add_argument("--type", type=commands.parse_type, metavar="TYPE",
                      help="one type for ordinary matrices: `python -m quant types`")  # fmt: skip
+    how.add_argument("--budget", type=commands.parse_size, metavar="SIZE",
+                     help="the best mix that fits: 1.8GB, or 4.5bpw (bits a weight)")  # fmt: skip
     option("--tensor", action="append", default=[], metavar="PATTERN=TYPE",
            type=commands.parse_override, help="for names like '*.qkv.weight=Q8_0'")  # fmt: skip
     option("--meta", action="append", default=[], type=commands.parse_meta, metavar="KEY=VALUE",
            help="a field to write, as fewstep.sigmas.4=1,0.9,0.75,0.5,0")  # fmt: skip
     option("--preset", type=_preset, default={}, metavar="NAME",
            help="write the few-step schedule of flow/table.py so called")  # fmt: skip
+    option("--importance", metavar="F", help="an importance matrix, llama.cpp's imatrix.gguf")
     option("--arch", metavar="TAG", help="general.architecture, where names do not tell it")
     option("--prefix", help="take only tensors whose names begin so, and strip it; '' for all")
     option("--allow-nonfinite", action="store_true",

@@ -6,16 +6,23 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
+
+from gguf import GGMLQuantizationType as T
+from gguf import LlamaFileType
 
 from .architectures import ARCHITECTURES
+from .budget import fit, parse_budget
 from .compare import compare, inspect
-from .convert import Options, convert
+from .convert import Options, check_destination, check_importance, convert
 from .errors import GGUFError
+from .importance import read_importance
 from .plan import make_plan
 from .plot import draw, pillow
 from .quantize import writable_types
 from .reader import GGUFFile
-from .recipes import RECIPES, recipe_named, recipe_of_type, type_named
+from .recipes import RECIPES, Recipe, recipe_named, recipe_of_type, type_named
 from .report import Report
 from .sources import open_source
 from .types import PLAIN_TYPES, QTYPES
@@ -25,12 +32,27 @@ _SHOWN = 72  # characters of a metadata field
 
 def run_convert(options: argparse.Namespace) -> None:
     """SRC -> DST, and the report."""
-    recipe = recipe_named(options.recipe) if options.recipe else recipe_of_type(options.type)
     source = open_source(options.source)
     _check_plot(options.plot)
-    plan = make_plan(source, recipe, options.tensor, options.arch, options.prefix)
-    work = Options(options.allow_nonfinite, not options.no_measure, _progress(options.quiet))
+    plan = make_plan(source, _recipe(options), options.tensor, options.arch, options.prefix)
+    work = Options(
+        options.allow_nonfinite,
+        not options.no_measure,
+        _progress(options.quiet),
+        read_importance(options.importance) if options.importance else {},
+    )
+    if options.budget:
+        check_importance(plan, work.importance)
+        room = options.budget(plan)
+        check_destination(replace(plan, choices=()), Path(options.destination))
+        plan = fit(plan, room, work.importance, work.progress)
     _show(convert(plan, options.destination, options.preset | dict(options.meta), work), options)
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    if options.budget:
+        return replace(recipe_of_type(T.Q8_0), name="budget", file_type=LlamaFileType.GUESSED)
+    return recipe_named(options.recipe) if options.recipe else recipe_of_type(options.type)
 
 
 def run_compare(options: argparse.Namespace) -> None:
@@ -73,10 +95,10 @@ def run_recipes(options: argparse.Namespace) -> None:
 def run_types(options: argparse.Namespace) -> None:
     """The types, a line each."""
     writable = writable_types()
-    rows = [(T.name, 8.0 * dtype.itemsize, 1, str(dtype)[6:], T in writable)
-            for T, dtype in PLAIN_TYPES.items()]  # fmt: skip
-    rows += [(T.name, row.bits_per_weight, row.block_size, row.about, T in writable)
-             for T, row in QTYPES.items()]  # fmt: skip
+    rows = [(qtype.name, 8.0 * dtype.itemsize, 1, str(dtype)[6:], qtype in writable)
+            for qtype, dtype in PLAIN_TYPES.items()]  # fmt: skip
+    rows += [(qtype.name, row.bits_per_weight, row.block_size, row.about, qtype in writable)
+             for qtype, row in QTYPES.items()]  # fmt: skip
     if options.json:
         keys = ("type", "bits_per_weight", "block", "about", "writable")
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2))
@@ -165,6 +187,13 @@ def parse_override(text: str) -> tuple[str, object]:
     if not sign or not pattern:
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TYPE")
     return pattern, parse_type(name)
+
+
+def parse_size(text: str):
+    try:
+        return parse_budget(text)
+    except GGUFError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_type(name: str):

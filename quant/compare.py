@@ -7,6 +7,7 @@ from collections.abc import Callable
 from .architectures import find_architecture, prefix_of
 from .errors import GGUFError
 from .measure import Errors
+from .plan import named
 from .report import Report, Row
 from .sources import Source, open_source
 from .stored import StoredTensor
@@ -59,12 +60,7 @@ def inspect(path: str) -> Report:
 
 
 def _inner(source: Source) -> dict[str, StoredTensor]:
-    prefix = prefix_of(source.tensors)
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in source.tensors.items()
-        if name.startswith(prefix)
-    }
+    return named(source, prefix_of(source.tensors))
 
 
 def _missing(ours: dict, theirs: dict, path: str) -> list[str]:

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,11 +26,15 @@ _HEADER_ROOM = 2**20  # bytes kept free besides the tensors and the fields
 
 @dataclass(frozen=True)
 class Options:
-    """measure: compare what is written with the source (about a fifth of the time)."""
+    """measure: compare what is written with the source (about a fifth of the time).
+
+    importance: new name -> (cols,) float32, see `quantize`.
+    """
 
     allow_nonfinite: bool = False
     measure: bool = True
     progress: Progress | None = None
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def convert(
@@ -49,6 +53,7 @@ def convert(
     options = options or Options()
     path = Path(destination)
     check_destination(plan, path)
+    check_importance(plan, options.importance)
     started = time.monotonic()
     rows: dict[str, Row] = {}
     fields = {**plan.source.metadata, **(metadata or {})}
@@ -84,6 +89,22 @@ def check_destination(plan: Plan, path: Path) -> None:
             f"{path}: takes {size_text(needed)}, but only {size_text(free)} are free there: make "
             "room (an old file of that name is replaced only at the end), or write elsewhere"
         )
+
+
+def check_importance(plan: Plan, importance: Mapping[str, Tensor]) -> None:
+    """Raises: GGUFError if an importance fits no tensor of the plan, or has another length."""
+    columns = {choice.name: choice.source.cols for choice in plan.choices}
+    if importance and not columns.keys() & importance.keys():
+        raise GGUFError(
+            f"{plan.source.path}: the importance file names none of its tensors "
+            f"(but {min(importance)}): it was gathered from another model"
+        )
+    for name in columns.keys() & importance.keys():
+        if importance[name].numel() != columns[name]:
+            raise GGUFError(
+                f"{plan.source.path}: tensor {name!r} has rows of {columns[name]}, the importance "
+                f"file {importance[name].numel()}: it was gathered from another model"
+            )
 
 
 class _Work:
@@ -147,7 +168,7 @@ class _Work:
             return y.view(-1).view(torch.uint8)
         if not sound:
             x = x.nan_to_num(0.0, 0.0, 0.0)
-        blocks = quantize(x, qtype)
+        blocks = quantize(x, qtype, self.options.importance.get(choice.name))
         if errors is not None:
             errors.add(x, dequantize(blocks, qtype, tuple(x.shape)))
         return blocks

@@ -23,6 +23,7 @@ from .quantize import writable_types
 from .recipes import FALLBACKS, PLACES, Recipe, role_of
 from .sources import Source
 from .stored import StoredTensor
+from .text_names import llama_cpp_names
 from .types import QTYPES
 
 SMALL = 1024  # weights; tensors of no more stay float32 (city96's threshold)
@@ -32,12 +33,16 @@ _INTEGERS = (T.I8, T.I16, T.I32, T.I64)
 
 @dataclass(frozen=True)
 class Choice:
-    """One tensor of the new file. `why`: empty where the recipe's base type was simply taken."""
+    """One tensor of the new file. `why`: empty where the recipe's base type was simply taken.
+
+    free: an ordinary matrix, whose type the recipe decides (and a budget may decide anew).
+    """
 
     name: str
     source: StoredTensor
     qtype: T
     why: str = ""
+    free: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -104,13 +109,14 @@ def _select(source: Source, prefix: str | None) -> tuple[dict[str, StoredTensor]
     if not source.tensors:
         raise GGUFError(f"{source.path}: holds no tensors: get another file")
     chosen = prefix_of(source.tensors) if prefix is None else prefix
-    inside = {
-        name.removeprefix(chosen): tensor
-        for name, tensor in source.tensors.items()
-        if name.startswith(chosen)
-    }
+    inside = named(source, chosen)
     if not inside:
         raise GGUFError(f"{source.path}: no tensor's name begins with {chosen!r}")
+    if "spiece_model" in inside:
+        raise GGUFError(
+            f"{source.path}: the vocabulary in it (umT5, Gemma) cannot be converted: get a GGUF "
+            "made by llama.cpp's convert_hf_to_gguf.py; that one can be quantised again"
+        )
     left: dict[str, int] = defaultdict(int)
     for name in source.tensors:
         if not name.startswith(chosen):
@@ -118,6 +124,18 @@ def _select(source: Source, prefix: str | None) -> tuple[dict[str, StoredTensor]
             left[next(part, "other")] += 1
     notes = [f"left out: {count} tensors ({part})" for part, count in left.items()]
     return inside, notes
+
+
+def named(source: Source, prefix: str) -> dict[str, StoredTensor]:
+    """The tensors whose names begin with `prefix`, as they are called in a GGUF file."""
+    inside = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in source.tensors.items()
+        if name.startswith(prefix)
+    }
+    if find_architecture(inside).tag != "t5encoder":
+        return inside
+    return {new: inside[old] for old, new in llama_cpp_names(inside).items()}
 
 
 def _architecture(
@@ -166,13 +184,13 @@ def _choose(
                 wanted, why = rule.qtype, role
                 break
     if wanted is None:
-        return Choice(name, tensor, _half(tensor))
+        return Choice(name, tensor, _half(tensor), free=True)
     if wanted in QTYPES and tensor.qtype in QTYPES and _bits(tensor.qtype) <= _bits(wanted):
-        return Choice(name, tensor, tensor.qtype, "no larger in the source: copied")
+        return Choice(name, tensor, tensor.qtype, "no larger in the source: copied", True)
     fitting = _fitting(tensor, wanted)
     if fitting is not wanted:
         why = f"rows of {tensor.cols} are not whole {wanted.name} blocks"
-    return Choice(name, tensor, fitting, why)
+    return Choice(name, tensor, fitting, why, True)
 
 
 def _kept(name: str, tensor: StoredTensor, row: Architecture) -> tuple[T, str] | None:

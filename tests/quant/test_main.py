@@ -7,8 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from fewstep.flow import preset_from_metadata
-from fewstep.quant import GGUFFile
+from fewstep.quant import GGUFFile, write_gguf
 from fewstep.quant.__main__ import main
 from fewstep.tests.quant import models
 from PIL import Image
@@ -134,3 +135,20 @@ def test_lists(run, source):
     assert rows["Q8_0"]["writable"] and rows["Q8_0"]["bits_per_weight"] == 8.5
     done = run("convert", source, "b.gguf", "--recipe", "nope")
     assert done.returncode in (1, 2) and "flash-16, flash-8" in done.stderr
+
+
+def test_budget_and_importance(run, tmp_path, source):
+    target, matrix = tmp_path / "a.gguf", tmp_path / "i.gguf"
+    name = "joint_blocks.0.x_block.attn.qkv.weight"
+    sums = [(name + ".in_sum2", torch.rand(1, 256)), (name + ".counts", torch.ones(1, 1))]
+    write_gguf(matrix, "imatrix", {}, sums)
+    given = ("convert", source, target, "--importance", matrix)
+    done = run(*given, "--budget", "3MB")
+    assert (done.returncode, done.stderr) == (0, "") and "by budget" in done.stdout
+    assert target.stat().st_size < 3.1e6
+    done = run(*given, "--budget", "3kB")
+    assert done.returncode == 1 and "too small: the smallest types take" in done.stderr
+    assert run(*given, "--budget", "much").returncode == 2
+    assert run("convert", source, target, "--type", "Q4_K", "--importance", matrix).returncode == 0
+    done = run("convert", source, target, "--type", "Q4_K", "--importance", source)
+    assert done.returncode == 1 and "not a GGUF file but safetensors" in done.stderr

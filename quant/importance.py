@@ -1,0 +1,45 @@
+"""llama.cpp's importance matrix as a GGUF file: how much each column of a weight counts.
+
+For the weight NAME the file holds `NAME.in_sum2`, the sum over tokens of each input's square, and
+`NAME.counts`, how many tokens that were, both float32, one row a matrix.
+Source: llama.cpp tools/imatrix (`save_imatrix`), tools/quantize (`load_imatrix`).
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from .architectures import prefix_of
+from .errors import GGUFError
+from .reader import GGUFFile
+
+_SUM, _COUNT = ".in_sum2", ".counts"
+
+
+def read_importance(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Weight's name -> (cols,) float32, the mean square of each input.
+
+    Raises: GGUFError for a file of another kind, or values that are negative or not finite.
+    """
+    with GGUFFile(path) as file:
+        names = [name.removesuffix(_SUM) for name in file.tensors if name.endswith(_SUM)]
+        if not names:
+            raise GGUFError(f"{file.path}: no importance file: it has no tensor …{_SUM}")
+        means = {name: _mean(file, name) for name in names}
+    prefix = prefix_of(names)
+    return {name.removeprefix(prefix): mean for name, mean in means.items()}
+
+
+def _mean(file: GGUFFile, name: str) -> Tensor:
+    if name + _COUNT not in file.tensors:
+        raise GGUFError(f"{file.path}: {name}{_SUM} has no {_COUNT} beside it: gather it anew")
+    sums, counts = (file.tensor(name + end).float() for end in (_SUM, _COUNT))
+    matrices = max(1, counts.numel())
+    if sums.numel() % matrices:
+        raise GGUFError(f"{file.path}: {name}{_SUM} and {_COUNT} do not fit: gather it anew")
+    total = sums.view(matrices, -1).sum(0)
+    mean = total / counts.sum() if counts.sum() > 0 else torch.ones_like(total)
+    if not (mean.isfinite() & (mean >= 0)).all():
+        raise GGUFError(f"{file.path}: {name}{_SUM} has bad values: gather it anew")
+    return mean
