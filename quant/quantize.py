@@ -1,7 +1,12 @@
 """From floats to blocks: the bytes that ggml's `ggml_quantize_chunk` writes, on any device.
 
 ggml is the oracle (tests/golden): its sums are taken in its order and its roundings by its rules.
+Where numba is installed, its kernels do the work for tensors on the CPU: the same bytes, faster.
 """
+
+import logging
+from functools import cache
+from types import ModuleType
 
 import torch
 from gguf import GGMLQuantizationType
@@ -11,7 +16,9 @@ from .errors import GGUFError
 from .rounding import divide, ordered_sum, square_root
 from .types import PLAIN_TYPES, QTYPES, find_type
 
-_TILE = 2**20  # weights in flight; the search for K-quants' scales holds a dozen copies of them
+log = logging.getLogger(__name__)
+
+_TILE = 2**22  # weights in flight; the torch formulation holds a dozen copies of them
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _T = GGMLQuantizationType
 # Types whose error ggml weighs by the mean square of the whole row, not of a super-block.
@@ -35,12 +42,14 @@ def quantize(x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None =
     if qtype in PLAIN_TYPES:
         return x.to(PLAIN_TYPES[qtype]).contiguous().view(torch.uint8)
     row = QTYPES[qtype]
-    out = torch.empty(
-        (len(x), x.shape[1] // row.block_size * row.type_size), dtype=torch.uint8, device=x.device
-    )
+    size = len(x), x.shape[1] // row.block_size * row.type_size
+    out = torch.empty(size, dtype=torch.uint8, device=x.device)
+    x, wide = x.detach().contiguous(), out
+    if importance is None:  # then blocks know nothing of their rows, which may be long
+        x, wide = x.view(-1, row.block_size), out.view(-1, row.type_size)
     step = max(1, _TILE // max(1, x.shape[1]))
     for start in range(0, len(x), step):
-        out[start : start + step] = _quantize_rows(x[start : start + step], qtype, importance)
+        _quantize_rows(x[start : start + step], qtype, importance, wide[start : start + step])
     return out
 
 
@@ -50,17 +59,35 @@ def writable_types() -> list[GGMLQuantizationType]:
     return [qtype for qtype, dtype in PLAIN_TYPES.items() if dtype in _FLOATS] + blocks
 
 
-def _quantize_rows(x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None) -> Tensor:
-    """(rows, cols) float32 -> (rows, bytes) uint8, all rows at once."""
-    row = QTYPES[qtype]
-    if importance is not None and qtype in _ROW_WEIGHTED:
-        weights = importance * _row_sigma(x)
+@cache
+def _kernels() -> ModuleType | None:
+    """The compiled kernels, if numba is there and works."""
+    try:
+        from . import numba_quantize
+    except ImportError as error:  # not installed, or it refuses this numpy
+        log.info("quantising on the CPU without numba, which is slower: %s", error)
+        return None
+    return numba_quantize
+
+
+def _quantize_rows(
+    x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None, out: Tensor
+) -> None:
+    """(rows, cols) float32 into (rows, bytes) uint8, all rows at once."""
+    row, kernels = QTYPES[qtype], _kernels() if x.is_cpu else None
+    blocks, weights = x.view(-1, row.block_size), None
+    if importance is not None:
+        if qtype not in _ROW_WEIGHTED:
+            weights = importance.expand_as(x)
+        elif kernels is None:
+            weights = importance * _row_sigma(x)
+        else:
+            weights = kernels.weigh_rows(x, importance)
+        weights = weights.reshape(blocks.shape)
+    if kernels is None:
+        out.view(-1, row.type_size).copy_(row.quantize_blocks(blocks, weights))
     else:
-        weights = None if importance is None else importance.expand_as(x)
-    if weights is not None:
-        weights = weights.reshape(-1, row.block_size)
-    blocks = row.quantize_blocks(x.reshape(-1, row.block_size), weights)
-    return blocks.view(len(x), -1)
+        kernels.quantize_blocks(blocks, weights, qtype, out.view(-1, row.type_size))
 
 
 def _row_sigma(x: Tensor) -> Tensor:
@@ -89,7 +116,8 @@ def _check_input(x: Tensor, qtype: GGMLQuantizationType) -> None:
             f"{qtype.name} packs {size} weights a block, which does not divide rows of "
             f"{x.shape[1]}: choose a type with smaller blocks"
         )
-    if not (finite := x.isfinite()).all():
+    if x.numel() and not torch.stack(x.aminmax()).isfinite().all():  # one pass; NaN shows in both
+        finite = x.isfinite()
         place = tuple((~finite).nonzero()[0].tolist())
         count = x.numel() - int(finite.sum())
         raise GGUFError(

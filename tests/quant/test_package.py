@@ -11,6 +11,7 @@ sys.path.insert(0, sys.argv[1])
 import quant, torch
 blocks = torch.zeros(2, 34, dtype=torch.uint8)
 assert quant.dequantize(blocks, 8, (2, 32)).sum() == 0
+assert torch.equal(quant.quantize(torch.zeros(2, 32), 8), blocks)
 quant.write_gguf("a.gguf", "sd3", {}, [("a", (blocks, 8, (2, 32)))])
 assert torch.equal(quant.GGUFFile("a.gguf").blocks("a"), blocks)
 foreign = {name.split(".")[0] for name in sys.modules}

@@ -1,5 +1,8 @@
 """Every type that can be written against ggml's C (tests/golden), and what must hold of any."""
 
+import builtins
+import importlib
+import importlib.util
 from pathlib import Path
 
 import gguf
@@ -14,6 +17,18 @@ PLAIN = [T.F32, T.F16, T.BF16]
 BLOCKS = [qtype for qtype in writable_types() if qtype in QTYPES]
 EVERY_BLOCK = pytest.mark.parametrize("qtype", BLOCKS, ids=lambda qtype: qtype.name)
 EVERY_TYPE = pytest.mark.parametrize("qtype", writable_types(), ids=lambda qtype: qtype.name)
+
+
+MODULE = importlib.import_module("fewstep.quant.quantize")  # fewstep.quant.quantize is the function
+
+
+@pytest.fixture(params=["numba", "torch"])
+def formulation(request, monkeypatch):
+    """The compiled kernels, which are optional, and what stands in for them."""
+    if request.param == "torch":
+        monkeypatch.setattr(MODULE, "_kernels", lambda: None)
+    elif importlib.util.find_spec("numba") is None:
+        pytest.skip("numba is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +61,7 @@ def test_golden_holds_every_type(golden):
 
 @EVERY_BLOCK
 @pytest.mark.parametrize("name", ["none", "skewed", "gaps"])
-def test_bytes_equal_ggml(golden, qtype, name):
+def test_bytes_equal_ggml(formulation, golden, qtype, name):
     """All of them: ggml's arithmetic has no fused product on x86, and ours none anywhere."""
     x = torch.from_numpy(golden["x"])
     importance = None if name == "none" else torch.from_numpy(golden[f"importance/{name}"])
@@ -59,6 +74,19 @@ def test_bytes_equal_ggml(golden, qtype, name):
     part = None if importance is None else importance[:size]
     one_block = quantize(x[:1, :size], qtype, part)
     assert one_block.numpy().tobytes() == golden[f"{qtype.name}/{name}/one block"].tobytes()
+
+
+@EVERY_BLOCK
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kernels_equal_the_torch_formulation(qtype, weighted, monkeypatch):
+    """On more than the golden rows; all there is of numba is compared here."""
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(int(qtype))
+    x = torch.randn(19, 512, generator=generator) * torch.rand(19, 512, generator=generator) ** 9
+    importance = torch.rand(512, generator=generator) ** 4 if weighted else None
+    compiled = quantize(x, qtype, importance)
+    monkeypatch.setattr(MODULE, "_kernels", lambda: None)
+    assert torch.equal(quantize(x, qtype, importance), compiled)
 
 
 @EVERY_BLOCK
@@ -81,12 +109,17 @@ def test_blocks_are_independent(qtype):
 
 
 @EVERY_BLOCK
-def test_tiles_join_without_a_seam(qtype):
-    """More rows than a tile holds, and rows longer than a tile."""
-    x = gaussian(1, 2**20 + 2**11)
+def test_tiles_join_without_a_seam(qtype, monkeypatch):
+    """More rows than a tile holds, a row longer than a tile, and a thread's uneven share."""
+    monkeypatch.setattr(MODULE, "_TILE", 2**16)
+    x = gaussian(1, 3 * 2**16 + 2**11 + 256)
     whole = quantize(x, qtype)
-    rows = quantize(x.view(-1, 2**11), qtype)
-    assert torch.equal(whole.view(-1), rows.view(-1))
+    assert torch.equal(quantize(x.view(-1, 256), qtype).view(1, -1), whole)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(quantize(x, qtype), whole)
+    importance = torch.rand(256)
+    rows = quantize(x.view(-1, 256), qtype, importance)
+    assert torch.equal(quantize(x.view(-1, 256)[5:9], qtype, importance), rows[5:9])
 
 
 @EVERY_TYPE
@@ -172,6 +205,25 @@ def test_plain_types_are_rounded_casts(qtype):
     if qtype != T.BF16:  # gguf-py's BF16 rounds alike, and is compared where it is exact
         want = gguf.quants.quantize(x.numpy(), qtype).view(np.uint8)
         assert quantize(x, qtype).numpy().tobytes() == want.tobytes()
+
+
+def test_without_numba_there_is_the_torch_formulation(monkeypatch, caplog):
+    real = builtins.__import__
+
+    def no_numba(name, globals=None, locals=None, fromlist=(), level=0):
+        if "numba_quantize" in (fromlist or ()):
+            raise ImportError("No module named 'numba'")
+        return real(name, globals, locals, fromlist, level)
+
+    x = gaussian(4, 256)
+    want = quantize(x, T.Q4_K)
+    MODULE._kernels.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", no_numba)
+    with caplog.at_level("INFO"):
+        assert torch.equal(quantize(x, T.Q4_K), want)
+    assert "without numba" in caplog.text
+    monkeypatch.undo()
+    MODULE._kernels.cache_clear()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

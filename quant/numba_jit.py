@@ -1,0 +1,81 @@
+"""What the CPU's quantising kernels are compiled with and made of: C's arithmetic in numba.
+
+ggml sums a group of weights in order, so a group cannot be spread over a vector's lanes. Sixteen
+groups can: the kernels' inner loops run over groups, which LLVM turns into vectors, and each lane
+adds in ggml's order. fastmath stays off, so that no product is fused with a sum. Numbers of 32 bits
+are cast as such, or numba would compute in 64.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+import numpy as np
+
+f4, i4, u1 = np.float32, np.int32, np.uint8
+LANES = 16
+ZERO, ONE = f4(0.0), f4(1.0)
+_MAGIC, _TOO_LARGE, _HALF = f4(12582912.0), f4(2147483648.0), f4(0.5)
+
+# numba's cache notices when a kernel's own file changes, but not the files of what it calls, so an
+# update could leave old code in use; nor that the pack goes by another name (ComfyUI's and the
+# shell's differ), under which the old code finds nothing. It names its files by the functions'.
+_FILES = sorted(Path(__file__).parent.glob("numba_*.py"))
+_SOURCES = [__name__.encode(), *(path.read_bytes() for path in _FILES)]
+_DIGEST = hashlib.sha256(b"".join(_SOURCES)).hexdigest()[:12]
+
+
+def jit(function: Callable) -> Callable:
+    """Compile when first called, and keep the code until one of the kernels' files changes."""
+    function.__qualname__ += "_" + _DIGEST
+    options = {"error_model": "numpy", "nogil": True}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache can be written to: compile in each process
+        return numba.njit(**options)(function)
+
+
+@jit
+def nearest_int(v):
+    return i4((f4(v + _MAGIC).view(i4) & i4(0x007FFFFF)) - i4(0x00400000))
+
+
+@jit
+def truncate(v):
+    """As `rounding.truncate`."""
+    return i4(v) if abs(v) < _TOO_LARGE else i4(0)
+
+
+@jit
+def half_bits(v):
+    """The IEEE half nearest to a float32, ties to even."""
+    bits = f4(v).view(i4)
+    sign, size = (bits >> 16) & 0x8000, bits & 0x7FFFFFFF
+    if size > 0x7F800000:
+        return sign | 0x7E00
+    if size >= 0x477FF000:
+        return sign | 0x7C00
+    if size < 0x38800000:  # subnormal: the sum's lowest bit is 2^-24
+        return sign | (f4(abs(v) + _HALF).view(i4) - 0x3F000000)
+    return sign | ((size + 0xFFF + ((size >> 13) & 1) - (112 << 23)) >> 13)
+
+
+@jit
+def half_value(bits):
+    size, exponent = bits & 0x7FFF, (bits >> 10) & 0x1F
+    if exponent == 0:
+        value = f4(size) * f4(2.0**-24)
+    elif exponent == 31:
+        value = i4((size << 13) | 0x7F800000).view(f4)
+    else:
+        value = i4((size << 13) + (112 << 23)).view(f4)
+    return -value if bits & 0x8000 else value
+
+
+@jit
+def store_half(out, place, v):
+    """Write v as a half and return what was written."""
+    bits = half_bits(v)
+    out[place], out[place + 1] = u1(bits & 0xFF), u1(bits >> 8)
+    return half_value(bits)

@@ -1,0 +1,191 @@
+"""Quantising on CPUs by compiled kernels, put together for each type, on every thread.
+
+numba is optional: without it `quantize` takes the torch formulation, whose bytes these equal. The
+kernels let go of the GIL, so plain threads do. A function here takes x (n, block_size) float32, the
+importance like it or None, and writes to out (n, type_size) uint8.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as T
+from numpy import ndarray as Array
+from torch import Tensor
+
+from . import numba_groups as groups
+from . import numba_iq4, numba_pack, numba_small
+
+_STEP = 2**16  # weights at a time in a thread: with their importance and codes they stay in cache
+_LEAST = 2**14  # weights that are worth a thread
+_IMPORTANCE_GRID = (-0.9, 0.05, 36)
+_NONE = np.empty(0, np.float32)
+
+
+def _floats(*shape: int) -> Array:
+    return np.empty(shape, np.float32)
+
+
+def _weigh(x: Array, w: Array, factor: float, share: float) -> Array:
+    out = np.empty_like(x)
+    groups.weigh(x, w, factor, share, out)
+    return out
+
+
+def _symmetric(nmax: int, x: Array, w: Array | None, out: Array) -> None:
+    if w is None:
+        numba_small.quantize_symmetric(x, nmax, out)
+        return
+    d, codes = _floats(len(x)), np.empty(x.shape, np.uint8)
+    groups.search_symmetric(x, w, nmax, d, codes)
+    numba_small.pack_found(d, _NONE, codes, out)
+
+
+def _with_minimum(nmax: int, x: Array, w: Array | None, out: Array) -> None:
+    if w is None:
+        numba_small.quantize_with_minimum(x, nmax, out)
+        return
+    (d, mins), codes = _floats(2, len(x)), np.empty(x.shape, np.uint8)
+    groups.search_ranges(x, w, nmax, _IMPORTANCE_GRID, False, d, mins, codes)
+    numba_small.pack_found(d, mins, codes, out)
+
+
+def _unweighted(kernel: Callable[[Array, Array], None], x: Array, w: Array | None, out: Array):
+    kernel(x, out)
+
+
+def _fractions(values: Array, sums: Array | None, steps: int) -> tuple[Array, Array]:
+    """d (n,) and codes (n, sub-blocks) int32 for the scales or minima of super-blocks."""
+    d, codes = _floats(len(values)), np.empty(values.shape, np.int32)
+    if sums is None:
+        groups.largest_fractions(values, steps, d, codes)
+    else:
+        groups.search_fractions(values, sums, steps, d, codes)
+    return d, codes
+
+
+def _sums(weights: Array, size: int) -> Array:
+    """(n, sub-blocks): the sum of each sub-block's weights."""
+    sums = _floats(weights.size // size)
+    groups.sum_groups(weights.reshape(-1, size), sums)
+    return sums.reshape(len(weights), -1)
+
+
+def _q2_k(x: Array, w: Array | None, out: Array) -> None:
+    scales, mins = _floats(2, len(x), 16)
+    found, codes = (scales.reshape(-1), mins.reshape(-1)), np.empty(x.shape, np.uint8)
+    weights = np.abs(x) if w is None else _weigh(x, w, 1.0, 1 / 256)
+    grid = (-0.5, 0.1, 15) if w is None else _IMPORTANCE_GRID
+    groups.search_ranges(
+        x.reshape(-1, 16),
+        weights.reshape(-1, 16),
+        3,
+        grid,
+        w is None,
+        *found,
+        codes.reshape(-1, 16),
+    )
+    sums = None if w is None else _sums(weights, 16)
+    (d, sc), (dmin, m) = _fractions(scales, sums, 15), _fractions(mins, sums, 15)
+    numba_pack.pack_q2_k(x, d, dmin, sc, m, codes, out)
+
+
+def _q3_k(x: Array, w: Array | None, out: Array) -> None:
+    scales, codes = _floats(len(x), 16), np.empty(x.shape, np.uint8)
+    columns, found = x.reshape(-1, 16), (scales.reshape(-1), codes.reshape(-1, 16))
+    d = _floats(len(x))
+    if w is None:
+        groups.search_by_moving(columns, 4, *found)
+        sc = np.empty(scales.shape, np.int32)
+        groups.signed_fractions(scales, d, sc)
+    else:
+        weights = _weigh(x, w, 2.0, 1 / 256)
+        groups.search_symmetric(columns, weights.reshape(-1, 16), 4, *found)
+        sc = np.empty(scales.shape, np.uint8)
+        groups.search_symmetric(scales, _sums(weights, 16), 32, d, sc)
+    numba_pack.pack_q3_k(x, d, sc.astype(np.int32), codes, out)
+
+
+def _q4_or_q5_k(
+    nmax: int, grid: tuple[float, float, int], x: Array, w: Array | None, out: Array
+) -> None:
+    scales, mins = _floats(2, len(x), 8)
+    found, codes = (scales.reshape(-1), mins.reshape(-1)), np.empty(x.shape, np.uint8)
+    columns = x.reshape(-1, 32)
+    if w is None:
+        weights = np.empty_like(columns)
+        groups.weigh_by_size(columns, weights)
+    else:
+        weights, grid = _weigh(x, w, 2.0, 1 / 256), _IMPORTANCE_GRID
+    groups.search_ranges(
+        columns, weights.reshape(-1, 32), nmax, grid, False, *found, codes.reshape(-1, 32)
+    )
+    sums = None if w is None else _sums(weights, 32)
+    (d, sc), (dmin, m) = _fractions(scales, sums, 63), _fractions(mins, sums, 63)
+    if w is None or nmax == 31:
+        sc, m = np.minimum(sc & 0xFF, 63), np.minimum(m & 0xFF, 63)
+    numba_pack.pack_q4_or_q5_k(x, d, dmin, sc, m, codes, out)
+
+
+def _q6_k(x: Array, w: Array | None, out: Array) -> None:
+    scales, codes = _floats(len(x), 16), np.empty(x.shape, np.uint8)
+    weights = x * x if w is None else w
+    found = (scales.reshape(-1), codes.reshape(-1, 16))
+    groups.search_symmetric(x.reshape(-1, 16), weights.reshape(-1, 16), 32, *found)
+    numba_pack.pack_q6_k(x, scales, codes, out)
+
+
+def _iq4(pack: Callable[[Array, Array, Array], None], x: Array, w: Array | None, out: Array):
+    weights = x * x if w is None else _weigh(x, w, 1.0, 2 / x.shape[1])
+    columns, scales = x.reshape(-1, 32), _floats(x.size // 32)
+    numba_iq4.search_levels(columns, weights.reshape(-1, 32), scales)
+    pack(columns, scales, out)
+
+
+_FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
+    T.Q4_0: partial(_symmetric, 8),
+    T.Q4_1: partial(_with_minimum, 15),
+    T.Q5_0: partial(_symmetric, 16),
+    T.Q5_1: partial(_with_minimum, 31),
+    T.Q8_0: partial(_unweighted, numba_small.quantize_q8_0),
+    T.MXFP4: partial(_unweighted, numba_small.quantize_mxfp4),
+    T.IQ4_NL: partial(_iq4, numba_iq4.pack_iq4_nl),
+    T.IQ4_XS: partial(_iq4, numba_iq4.pack_iq4_xs),
+    T.Q2_K: _q2_k,
+    T.Q3_K: _q3_k,
+    T.Q4_K: partial(_q4_or_q5_k, 15, (-1.0, 0.1, 20)),
+    T.Q5_K: partial(_q4_or_q5_k, 31, (-0.5, 0.1, 15)),
+    T.Q6_K: _q6_k,
+}
+QTYPES_COMPILED = frozenset(_FUNCTIONS)
+
+
+def quantize_blocks(x: Tensor, weights: Tensor | None, qtype: T, out: Tensor) -> None:
+    """out (n, type_size) = the blocks of x (n, block_size), contiguous and on the CPU, like all."""
+    numbers, blocks = x.numpy(), out.numpy()
+    w = None if weights is None else weights.numpy()
+    size = numbers.shape[1]
+
+    def work(first: int, end: int) -> None:
+        for start in range(first, end, _STEP // size):
+            part = slice(start, min(start + _STEP // size, end))
+            with np.errstate(over="ignore"):  # squares may, as in ggml
+                _FUNCTIONS[qtype](numbers[part], None if w is None else w[part], blocks[part])
+
+    n = len(numbers)
+    threads = max(1, min(torch.get_num_threads(), n * size // _LEAST))
+    bounds = [n * i // threads for i in range(threads + 1)]
+    if threads == 1:
+        work(0, n)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, bounds, bounds[1:]))
+
+
+def weigh_rows(x: Tensor, importance: Tensor) -> Tensor:
+    """(rows, cols): importance·sqrt(mean square of the row + x²)."""
+    out = torch.empty_like(x)
+    groups.weigh_rows(x.numpy(), importance.numpy(), out.numpy())
+    return out
