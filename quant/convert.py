@@ -57,7 +57,7 @@ def convert(
     started = time.monotonic()
     rows: dict[str, Row] = {}
     fields = {**plan.source.metadata, **(metadata or {})}
-    fields["general.file_type"] = int(plan.recipe.file_type)
+    fields["general.file_type"] = int(plan.file_type)
     work = _Work(plan, options, rows)
     write_gguf(path, plan.architecture.tag, fields, work.tensors())
     return Report(

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, LlamaFileType
 from gguf import GGMLQuantizationType as T
 
 from .architectures import (
@@ -65,6 +65,15 @@ class Plan:
     recipe: Recipe
     choices: tuple[Choice, ...]
     notes: tuple[str, ...]
+
+    @property
+    def file_type(self) -> LlamaFileType:
+        """`general.file_type`; of 16 bits, the one that most tensors have."""
+        if self.recipe.base is not None:
+            return self.recipe.file_type
+        types = [choice.qtype for choice in self.choices]
+        halves = types.count(T.F16) > types.count(T.BF16)
+        return LlamaFileType.MOSTLY_F16 if halves else LlamaFileType.MOSTLY_BF16
 
     @property
     def nbytes(self) -> int:
@@ -201,7 +210,8 @@ def _kept(name: str, tensor: StoredTensor, row: Architecture) -> tuple[T, str] |
         return T.F32, "exact"
     if tensor.qtype in QTYPES and (_delicate(name, row) or len(tensor.shape) > 2):
         return tensor.qtype, "delicate: as in the source"
-    if not name.endswith(".weight"):  # a bare parameter: loaders copy it without unpacking bf16
+    if not name.endswith(".weight") or len(tensor.shape) not in (2, 4):
+        # A bare parameter or a 1- or 3-D convolution: city96's loader does not unpack their bf16.
         return (T.F32 if tensor.numel <= LARGE_PARAMETER else T.F16), "parameter"
     if _delicate(name, row):
         return _half(tensor), "delicate"

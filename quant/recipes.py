@@ -92,8 +92,7 @@ _M_MIX = (("value", "more bits", T.Q6_K), ("ffn_down", "more bits", T.Q6_K))
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("flash-16", "16 bits throughout, as the source has them", None,
-               file_type=LlamaFileType.MOSTLY_BF16),
+        Recipe("flash-16", "16 bits throughout, as the source has them", None),
         Recipe("flash-8", "8 bits, looks the same", T.Q8_0, file_type=LlamaFileType.MOSTLY_Q8_0),
         Recipe("flash-6", "6 bits, the paper's smallest", T.Q6_K,
                file_type=LlamaFileType.MOSTLY_Q6_K),

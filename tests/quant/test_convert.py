@@ -157,6 +157,10 @@ def test_destination_is_checked_before_any_work(tmp_path, source, monkeypatch):
     }.items():
         with pytest.raises(GGUFError, match=message):
             make(path, target)
+    with monkeypatch.context() as locked:
+        locked.setattr("os.access", lambda path, mode: False)
+        with pytest.raises(GGUFError, match="cannot be written: change its permissions"):
+            make(path, tmp_path / "a.gguf")
     disk = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: disk)
     with pytest.raises(GGUFError, match=r"takes .* MB, but only 1 kB are free"):

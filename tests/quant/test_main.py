@@ -152,3 +152,10 @@ def test_budget_and_importance(run, tmp_path, source):
     assert run("convert", source, target, "--type", "Q4_K", "--importance", matrix).returncode == 0
     done = run("convert", source, target, "--type", "Q4_K", "--importance", source)
     assert done.returncode == 1 and "not a GGUF file but safetensors" in done.stderr
+
+
+def test_half_a_report_is_enough(source):
+    """`… | head -1` closes the pipe early."""
+    command = f"{sys.executable} -m quant inspect {source} --tensors | head -1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.count("\n") == 1 and done.stderr == ""

@@ -188,8 +188,9 @@ def test_what_gguf_cannot_store_is_left_out_and_said(plan):
     assert "left out: flag, since GGUF has no type for BOOL" in made.notes
 
 
-def test_types_that_cannot_be_written_are_told_before_the_work(plan):
-    with pytest.raises(GGUFError, match=r"would be TQ1_0, which can be read but not written"):
+def test_types_that_cannot_be_written_are_told_before_the_work(plan, monkeypatch):
+    monkeypatch.setattr("fewstep.quant.plan.writable_types", lambda: [T.F32, T.Q8_0])
+    with pytest.raises(GGUFError, match=r"would be TQ1_0, .* not written .writable: F32, Q8_0"):
         plan(models.names_of("a.weight"), T.TQ1_0)
 
 
@@ -215,3 +216,25 @@ def test_t5_gets_llama_cpps_names(plan):
     }
     with pytest.raises(GGUFError, match="the vocabulary in it"):
         plan(state_dict | {"spiece_model": torch.ones(9, dtype=torch.uint8)}, T.Q8_0)
+
+
+def test_five_dimensions_are_not_bf16(plan):
+    """city96's loader unpacks bf16 only in the layers that it knows."""
+    tensors = {
+        "patch_embedding.weight": torch.ones(64, 16, 1, 2, 2).bfloat16(),
+        "large.weight": torch.ones(1024, 1024, 3).bfloat16(),
+        "conv.weight": torch.ones(64, 64, 3, 3).bfloat16(),
+    }
+    assert types(plan(tensors, T.Q8_0)) == {
+        "patch_embedding.weight": T.F32,
+        "large.weight": T.F16,
+        "conv.weight": T.BF16,
+    }
+
+
+def test_file_type_is_what_most_tensors_have(plan):
+    for dtype, wanted in ((torch.bfloat16, "MOSTLY_BF16"), (torch.float16, "MOSTLY_F16")):
+        assert plan(models.sd3(dtype=dtype), "flash-16").file_type.name == wanted
+    assert plan(models.sd3(), "Q4_K_M").file_type.name == "MOSTLY_Q4_K_M"
+    assert plan(models.sd3(), T.Q4_K).file_type.name == "MOSTLY_Q4_K_S"
+    assert plan(models.sd3(), T.IQ4_XS).file_type.name == "MOSTLY_IQ4_XS"
