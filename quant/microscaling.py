@@ -7,7 +7,7 @@ Source: OCP Microscaling Formats 1.0; ggml `dequantize_row_mxfp4`, `dequantize_r
 import torch
 from torch import Tensor
 
-from .rounding import truncate
+from .rounding import divide, truncate
 from .tables import look_up_nibbles, nibble_values
 
 
@@ -59,3 +59,24 @@ def quantize_mxfp4(x: Tensor, weights: Tensor | None = None) -> Tensor:
     e = torch.where(amax > 0, truncate(log2) & 0xFF, 0).to(torch.uint8)
     q = _nearest_value(x, _e8m0_half(e))
     return torch.cat((e, q[:, :16] | (q[:, 16:] << 4)), 1)
+
+
+def _to_ue4m3(x: Tensor) -> Tensor:
+    """uint8: x ≥ 0 as unsigned E4M3, half upwards. (ggml_fp32_to_ue4m3)
+
+    ggml takes all with the highest exponent, from 248 on, to 448.
+    """
+    word = x.contiguous().view(torch.int32)
+    exponent = (word >> 23) - 127 + 7
+    normal = (exponent << 3 | ((word >> 20) & 7)) + ((word >> 19) & 1)  # carries into the exponent
+    subnormal = truncate(x * 512 + 0.5).clamp_(max=7)
+    code = torch.where(exponent <= 0, subnormal, normal)
+    return torch.where(code >= 15 << 3, 0x7E, code).to(torch.uint8)
+
+
+def quantize_nvfp4(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """(n, 64) float32 -> (n, 36) uint8. `weights` is passed over, as in ggml."""
+    x = x.reshape(-1, 4, 16)
+    d = _to_ue4m3(divide(x.abs().amax(2), 6.0))
+    q = _nearest_value(x, _ue4m3_half(d).unsqueeze(2))
+    return torch.cat((d, (q[..., :8] | (q[..., 8:] << 4)).flatten(1)), 1)

@@ -159,7 +159,7 @@ _FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
     T.Q5_K: partial(_q4_or_q5_k, 31, (-0.5, 0.1, 15)),
     T.Q6_K: _q6_k,
 }
-QTYPES_COMPILED = frozenset(_FUNCTIONS)
+COMPILED = frozenset(_FUNCTIONS)
 
 
 def quantize_blocks(x: Tensor, weights: Tensor | None, qtype: T, out: Tensor) -> None:

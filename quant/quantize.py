@@ -75,6 +75,8 @@ def _quantize_rows(
 ) -> None:
     """(rows, cols) float32 into (rows, bytes) uint8, all rows at once."""
     row, kernels = QTYPES[qtype], _kernels() if x.is_cpu else None
+    if kernels and qtype not in kernels.COMPILED:
+        kernels = None
     blocks, weights = x.view(-1, row.block_size), None
     if importance is not None:
         if qtype not in _ROW_WEIGHTED:

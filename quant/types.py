@@ -10,7 +10,10 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from . import iq, iq4_quantize, k, k_quantize, legacy, microscaling, ternary
+from . import iq, k, legacy, ternary
+from . import iq4_quantize as iq4
+from . import k_quantize as kq
+from . import microscaling as mx
 from .errors import GGUFError
 
 T = GGMLQuantizationType
@@ -56,37 +59,19 @@ QTYPES: dict[GGMLQuantizationType, QType] = {
             T.Q4_1, legacy.dequantize_q4_1, "4-bit, scale and minimum for 32", legacy.quantize_q4_1
         ),
         QType(T.Q4_0, legacy.dequantize_q4_0, "4-bit, scale for 32", legacy.quantize_q4_0),
-        QType(T.Q6_K, k.dequantize_q6_k, "6-bit, 8-bit scales for 16", k_quantize.quantize_q6_k),
+        QType(T.Q6_K, k.dequantize_q6_k, "6-bit, 8-bit scales for 16", kq.quantize_q6_k),
+        QType(T.Q5_K, k.dequantize_q5_k, "5-bit, 6-bit scales and minima for 32", kq.quantize_q5_k),
+        QType(T.Q4_K, k.dequantize_q4_k, "4-bit, 6-bit scales and minima for 32", kq.quantize_q4_k),
+        QType(T.Q3_K, k.dequantize_q3_k, "3-bit, 6-bit scales for 16", kq.quantize_q3_k),
+        QType(T.Q2_K, k.dequantize_q2_k, "2-bit, 4-bit scales and minima for 16", kq.quantize_q2_k),
         QType(
-            T.Q5_K,
-            k.dequantize_q5_k,
-            "5-bit, 6-bit scales and minima for 32",
-            k_quantize.quantize_q5_k,
-        ),
-        QType(
-            T.Q4_K,
-            k.dequantize_q4_k,
-            "4-bit, 6-bit scales and minima for 32",
-            k_quantize.quantize_q4_k,
-        ),
-        QType(T.Q3_K, k.dequantize_q3_k, "3-bit, 6-bit scales for 16", k_quantize.quantize_q3_k),
-        QType(
-            T.Q2_K,
-            k.dequantize_q2_k,
-            "2-bit, 4-bit scales and minima for 16",
-            k_quantize.quantize_q2_k,
-        ),
-        QType(
-            T.IQ4_NL,
-            iq.dequantize_iq4_nl,
-            "4-bit uneven levels, scale for 32",
-            iq4_quantize.quantize_iq4_nl,
+            T.IQ4_NL, iq.dequantize_iq4_nl, "4-bit uneven levels, scale for 32", iq4.quantize_iq4_nl
         ),
         QType(
             T.IQ4_XS,
             iq.dequantize_iq4_xs,
             "4-bit uneven levels, 6-bit scales for 32",
-            iq4_quantize.quantize_iq4_xs,
+            iq4.quantize_iq4_xs,
         ),
         QType(T.IQ3_S, iq.dequantize_iq3_s, "codebook of 512 vectors of 4"),
         QType(T.IQ3_XXS, iq.dequantize_iq3_xxs, "codebook of 256 vectors of 4"),
@@ -95,15 +80,15 @@ QTYPES: dict[GGMLQuantizationType, QType] = {
         QType(T.IQ2_XXS, iq.dequantize_iq2_xxs, "codebook of 256 vectors of 8"),
         QType(T.IQ1_M, iq.dequantize_iq1_m, "codebook of 2048 ternary vectors of 8, scales for 16"),
         QType(T.IQ1_S, iq.dequantize_iq1_s, "codebook of 2048 ternary vectors of 8, scales for 32"),
-        QType(T.TQ2_0, ternary.dequantize_tq2_0, "ternary, two bits each"),
-        QType(T.TQ1_0, ternary.dequantize_tq1_0, "ternary, five in a byte"),
+        QType(T.TQ2_0, ternary.dequantize_tq2_0, "ternary, two bits each", ternary.quantize_tq2_0),
+        QType(T.TQ1_0, ternary.dequantize_tq1_0, "ternary, five in a byte", ternary.quantize_tq1_0),
         QType(
             T.MXFP4,
-            microscaling.dequantize_mxfp4,
+            mx.dequantize_mxfp4,
             "E2M1 floats, power-of-two scale for 32",
-            microscaling.quantize_mxfp4,
+            mx.quantize_mxfp4,
         ),
-        QType(T.NVFP4, microscaling.dequantize_nvfp4, "E2M1 floats, E4M3 scales for 16"),
+        QType(T.NVFP4, mx.dequantize_nvfp4, "E2M1 floats, E4M3 scales for 16", mx.quantize_nvfp4),
     )
 }
 
@@ -152,10 +137,11 @@ def find_type(number: int) -> GGMLQuantizationType:
 
 def types_markdown() -> str:
     """The table of supported types for the README."""
-    lines = ["| Type | Bits per weight | Block | Format |", "|---|---|---|---|"]
+    lines = ["| Type | Bits per weight | Block | Format | Written |", "|---|---|---|---|---|"]
     for qtype, row in QTYPES.items():
         sizes = f"{row.bits_per_weight:.4g} | {row.block_size}"
-        lines.append(f"| {qtype.name} | {sizes} | {row.about} |")
+        written = "yes" if row.quantize_blocks else "no"
+        lines.append(f"| {qtype.name} | {sizes} | {row.about} | {written} |")
     plain = ", ".join(qtype.name for qtype in PLAIN_TYPES)
-    lines.append(f"| {plain} | 8–64 | 1 | plain numbers, mapped as they are |")
+    lines.append(f"| {plain} | 8–64 | 1 | plain numbers, mapped as they are | floats |")
     return "\n".join(lines)

@@ -139,6 +139,7 @@ def test_error_is_that_of_the_bits(qtype):
         "F32": 0, "F16": 2.3e-4, "BF16": 1.8e-3, "Q8_0": 0.0059, "Q6_K": 0.02, "Q5_K": 0.04,
         "Q5_1": 0.042, "Q5_0": 0.047, "Q4_K": 0.079, "Q4_1": 0.087, "Q4_0": 0.095,
         "IQ4_NL": 0.084, "IQ4_XS": 0.085, "MXFP4": 0.13, "Q3_K": 0.17, "Q2_K": 0.34,
+        "NVFP4": 0.11, "TQ1_0": 0.9, "TQ2_0": 0.9,
     }  # fmt: skip
     assert relative_error(gaussian(16, 1024), qtype) <= bound[qtype.name]
 
@@ -176,7 +177,8 @@ def test_zeros_stay_zero(qtype):
         assert not dequantize(quantize(x, qtype, importance), qtype, x.shape).any()
 
 
-WEIGHTED = [qtype for qtype in BLOCKS if qtype not in (T.Q8_0, T.MXFP4)]
+UNWEIGHTED = [T.Q8_0, T.MXFP4, T.NVFP4, T.TQ1_0, T.TQ2_0]
+WEIGHTED = [qtype for qtype in BLOCKS if qtype not in UNWEIGHTED]
 
 
 @pytest.mark.parametrize("qtype", WEIGHTED, ids=lambda qtype: qtype.name)
@@ -191,7 +193,7 @@ def test_importance_lowers_the_error_where_it_lies(qtype):
     assert error(importance) < error(None)
 
 
-@pytest.mark.parametrize("qtype", [T.Q8_0, T.MXFP4, *PLAIN])
+@pytest.mark.parametrize("qtype", [*UNWEIGHTED, *PLAIN])
 def test_importance_is_passed_over_where_nothing_is_weighed(qtype):
     x = gaussian(4, 512)
     assert torch.equal(quantize(x, qtype, torch.rand(512)), quantize(x, qtype))

@@ -51,7 +51,7 @@ def test_find_type_knows_numbers():
 
 def test_markdown_lists_every_type():
     lines = types_markdown().splitlines()
-    assert {len(line.split("|")) for line in lines} == {6}
+    assert {len(line.split("|")) for line in lines} == {7}
     text = "\n".join(lines)
     for qtype in (*QTYPES, *PLAIN_TYPES):
         assert qtype.name in text
