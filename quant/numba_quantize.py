@@ -52,7 +52,9 @@ def _with_minimum(nmax: int, x: Array, w: Array | None, out: Array) -> None:
     numba_small.pack_found(d, mins, codes, out)
 
 
-def _unweighted(kernel: Callable[[Array, Array], None], x: Array, w: Array | None, out: Array):
+def _unweighted(
+    kernel: Callable[[Array, Array], None], x: Array, w: Array | None, out: Array
+) -> None:
     kernel(x, out)
 
 
@@ -137,7 +139,9 @@ def _q6_k(x: Array, w: Array | None, out: Array) -> None:
     numba_pack.pack_q6_k(x, scales, codes, out)
 
 
-def _iq4(pack: Callable[[Array, Array, Array], None], x: Array, w: Array | None, out: Array):
+def _iq4(
+    pack: Callable[[Array, Array, Array], None], x: Array, w: Array | None, out: Array
+) -> None:
     weights = x * x if w is None else _weigh(x, w, 1.0, 2 / x.shape[1])
     columns, scales = x.reshape(-1, 32), _floats(x.size // 32)
     numba_iq4.search_levels(columns, weights.reshape(-1, 32), scales)

@@ -11,7 +11,7 @@ from .search import MAX_EPS
 _EPS, _STEP = f4(MAX_EPS), f4(0.1)
 
 # Offsets into `s`.
-SCALE, LOW, _HIGH, LARGEST, _INV, _CODE_INV, _CODE_LOW, _BEST = range(0, 8 * LANES, LANES)
+SCALE, LOW, _HIGH, _LARGEST, _INV, _CODE_INV, _CODE_LOW, _BEST = range(0, 8 * LANES, LANES)
 _SUM_W, _SUM_X, _SUM_L, _SUM_L2, _SUM_XL = range(8 * LANES, 13 * LANES, LANES)
 _NEW_SCALE, _NEW_LOW, _DET, _ERROR, _LOWEST = range(13 * LANES, 18 * LANES, LANES)
 SCRATCH = 18 * LANES
@@ -30,13 +30,13 @@ def to_lanes(x, first, lanes):
 
 @jit
 def find_largest(x, size, s):
-    """s[LARGEST] = the first value of largest magnitude."""
+    """s[_LARGEST] = the first value of largest magnitude."""
     for j in range(LANES):
-        s[LARGEST + j] = ZERO
+        s[_LARGEST + j] = ZERO
     for i in range(size):
         for j in range(LANES):
-            v, largest = x[i * LANES + j], s[LARGEST + j]
-            s[LARGEST + j] = v if abs(v) > abs(largest) else largest
+            v, largest = x[i * LANES + j], s[_LARGEST + j]
+            s[_LARGEST + j] = v if abs(v) > abs(largest) else largest
 
 
 @jit
@@ -59,7 +59,7 @@ def make_qx_quants(x, w, size, nmax, s, codes):
     for t in range(19):
         step = 0 if t == 0 else t - 10 if t < 10 else t - 9
         for j in range(LANES):
-            s[_INV + j] = -(f4(nmax) + _STEP * f4(step)) / s[LARGEST + j]
+            s[_INV + j] = -(f4(nmax) + _STEP * f4(step)) / s[_LARGEST + j]
         symmetric_sums(x, w, size, nmax, s)
         for j in range(LANES):
             sumlx, suml2 = s[_SUM_XL + j], s[_SUM_L2 + j]
@@ -76,9 +76,9 @@ def make_qx_quants(x, w, size, nmax, s, codes):
             code = min(
                 max(nearest_int(s[_CODE_INV + j] * x[i * LANES + j]), i4(-nmax)), i4(nmax - 1)
             )
-            codes[i * LANES + j] = u1(code + nmax) if abs(s[LARGEST + j]) >= _EPS else u1(0)
+            codes[i * LANES + j] = u1(code + nmax) if abs(s[_LARGEST + j]) >= _EPS else u1(0)
     for j in range(LANES):
-        s[SCALE + j] = s[SCALE + j] if abs(s[LARGEST + j]) >= _EPS else ZERO
+        s[SCALE + j] = s[SCALE + j] if abs(s[_LARGEST + j]) >= _EPS else ZERO
 
 
 @jit
@@ -86,7 +86,7 @@ def make_q3_quants(x, size, nmax, s, value, codes):
     """As above, by moving one code at a time; `value` (size, 16) float32 is scratch."""
     find_largest(x, size, s)
     for j in range(LANES):
-        s[_INV + j] = f4(-nmax) / s[LARGEST + j]
+        s[_INV + j] = f4(-nmax) / s[_LARGEST + j]
         s[_SUM_XL + j] = s[_SUM_L2 + j] = ZERO
     for i in range(size):
         for j in range(LANES):
@@ -115,9 +115,9 @@ def make_q3_quants(x, size, nmax, s, value, codes):
     for i in range(size):
         for j in range(LANES):
             code = u1(i4(value[i * LANES + j]) + nmax)
-            codes[i * LANES + j] = code if abs(s[LARGEST + j]) >= _EPS else u1(0)
+            codes[i * LANES + j] = code if abs(s[_LARGEST + j]) >= _EPS else u1(0)
     for j in range(LANES):
-        fits = (abs(s[LARGEST + j]) >= _EPS) & (s[_SUM_L2 + j] > ZERO)
+        fits = (abs(s[_LARGEST + j]) >= _EPS) & (s[_SUM_L2 + j] > ZERO)
         s[SCALE + j] = s[_SUM_XL + j] / s[_SUM_L2 + j] if fits else ZERO
 
 
