@@ -11,6 +11,7 @@ import pytest
 import torch
 from fewstep.quant import GGUFError, GGUFFile, dequantize, quantize, write_gguf
 from fewstep.quant.convert import Options, convert
+from fewstep.quant.measure import Errors
 from fewstep.quant.plan import make_plan
 from fewstep.quant.recipes import recipe_named, recipe_of_type
 from fewstep.quant.sources import open_source
@@ -290,3 +291,15 @@ def test_memory_stays_within_a_gigabyte_of_the_largest_tensor(tmp_path, qtype, c
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     grown = int(done.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
     assert grown < size + 2**29  # half of what is promised
+
+
+def test_errors_of_huge_and_of_nonfinite_weights():
+    errors = Errors()
+    errors.add(
+        torch.tensor([3e38, 1.0, float("nan"), 2.0]), torch.tensor([1e38, 1.0, 1.0, -torch.inf])
+    )
+    assert (errors.count, errors.nonfinite) == (2, 2)
+    assert errors.rmse == pytest.approx(2e38 / 2**0.5, rel=1e-5)
+    assert errors.relative == pytest.approx(2 / 3, rel=1e-5) and errors.cosine == pytest.approx(1)
+    errors.add(torch.zeros(0), torch.zeros(0))
+    assert Errors().relative == 0 and Errors().cosine == 1 and errors.count == 2
