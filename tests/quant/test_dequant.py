@@ -1,5 +1,7 @@
 """Every block format against gguf-py, on bytes that a quantiser would never write too."""
 
+import importlib
+
 import gguf
 import numpy as np
 import pytest
@@ -9,6 +11,16 @@ from fewstep.quant import QTYPES, GGUFError, dequantize, dequantize_rows
 T = gguf.GGMLQuantizationType
 EVERY_TYPE = pytest.mark.parametrize("qtype", QTYPES, ids=lambda qtype: qtype.name)
 MORE_THAN_A_TILE = 2**19 + 2**10  # weights
+MODULE = importlib.import_module("fewstep.quant.dequant")
+
+
+@pytest.fixture(params=["numba", "torch"], autouse=True)
+def formulation(request, monkeypatch):
+    """Compiled kernels, and the torch formulation that stands in for them, in turn."""
+    if request.param == "torch":
+        monkeypatch.setattr(MODULE, "_kernels", lambda: None)
+    else:
+        pytest.importorskip("numba")
 
 
 def random_blocks(qtype, n, seed=0):
