@@ -92,11 +92,28 @@ def parse_arguments(arguments):
 
     draw = commands.add_parser("demo", help="set up, start ComfyUI, draw pictures, stop")
     add = draw.add_argument
-    add("--prompt", action="append", help="what to draw; may be given several times")
+    add(
+        "--prompt",
+        action="append",
+        help="what to draw, several times for several pictures"
+        f" (default: {' and '.join(DEMO_PROMPTS)})",
+    )
     add("--seed", type=number(0, 2**64 - 1), help="seed of the noise (default: the workflow's)")
     add("--steps", type=number(1, 1000), help="sampling steps (default: the workflow's)")
-    add("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the pictures")
-    add("--workflow", type=Path, default=DEMO_WORKFLOW, metavar="FILE", help="API-format workflow")
+    add(
+        "--out",
+        type=Path,
+        default=Path("out"),
+        metavar="DIR",
+        help="folder for the pictures; those of the same name are replaced (default: out)",
+    )
+    add(
+        "--workflow",
+        type=Path,
+        default=DEMO_WORKFLOW,
+        metavar="FILE",
+        help="API-format workflow (default: workflows/api/demo.json)",
+    )
     add("--keep-open", action="store_true", help="leave ComfyUI running and print its address")
 
     test = commands.add_parser("test", help="set up, then run ruff and every tier of tests")
@@ -120,6 +137,8 @@ def demo(options):
     """Draw each prompt with the workflow, in the real ComfyUI; return the exit code."""
     workflow = read_workflow(options.workflow)
     prompts = options.prompt or (DEMO_PROMPTS if options.workflow == DEMO_WORKFLOW else [None])
+    if options.workflow == DEMO_WORKFLOW:
+        warn_of_unknown(prompts)
     graphs = [fill_in(workflow, prompt, options.seed, options.steps) for prompt in prompts]
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -142,6 +161,16 @@ def demo(options):
         if options.keep_open:
             wait_for_ctrl_c(host)
     return 0
+
+
+def warn_of_unknown(prompts):
+    """Say which prompts the demo's small model was not taught to read."""
+    captions = load_module("fewstep_captions", ROOT / "demo" / "captions.py")
+    for prompt in prompts:
+        try:
+            captions.parse_caption(prompt)
+        except ValueError:
+            say(f"Note: the demo's model cannot read {prompt!r}. {captions.GRAMMAR}")
 
 
 def wait_for_ctrl_c(host):
@@ -178,13 +207,17 @@ def load_pack(alias="fewstep"):
     """
     sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
     if alias not in sys.modules:
-        spec = importlib.util.spec_from_file_location(
-            alias, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-        )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[alias] = module
-        spec.loader.exec_module(module)
+        load_module(alias, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     return sys.modules[alias]
+
+
+def load_module(name, path, **options):
+    """Import a file under a name of our choosing, and return it."""
+    spec = importlib.util.spec_from_file_location(name, path, **options)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def link_pack(base):
@@ -411,8 +444,8 @@ class Host:
                 if self.wait_until_ready():
                     return self
             raise Failure(f"ComfyUI found no free port.\n{self.log_tail()}")
-        except BaseException:
-            self.stop()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
 
     def __exit__(self, kind, *_):
@@ -443,8 +476,11 @@ class Host:
 
     def wait_until_ready(self, seconds=300):
         """True once ComfyUI answers; False if its port was taken. Raises Failure if it died."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        start = told = time.monotonic()
+        while time.monotonic() < start + seconds:
+            if time.monotonic() > told + 20:
+                told = time.monotonic()
+                say(f"… still starting ({told - start:.0f} s; the log: {self.log})")
             if self.process.poll() is not None:
                 if "attempting to bind on address" in self.log_text():
                     return False

@@ -7,11 +7,15 @@ Three kinds of sentence, each naming everything that the picture must show:
     count   {two|three} {colour} {shape}s on a {colour} background
 """
 
+from __future__ import annotations
+
 import re
 import zlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:  # run.py reads this file with any Python
+    import numpy as np
 
 # Far apart in RGB, and each nearest to its own CSS name.
 PALETTE: dict[str, tuple[int, int, int]] = {
@@ -32,6 +36,11 @@ RELATIONS = ("left of", "right of", "above", "below")
 COUNTS = {"two": 2, "three": 3}
 KINDS = ("single", "pair", "count")
 HELD_OUT_PERCENT = 15
+
+GRAMMAR = f"""\
+It reads "a red circle on a blue background", "a white ring left of a green square on a purple \
+background" and "three orange triangles on a cyan background". Colours: {", ".join(COLOURS)}. \
+Shapes: {", ".join(SHAPES)}. Relations: {", ".join(RELATIONS)}. Counts: {", ".join(COUNTS)}."""
 
 _PLURALS = {shape: shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES}
 _SINGULARS = {_PLURALS[s]: s for s in SHAPES} | {s + "s": s for s in SHAPES}

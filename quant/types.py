@@ -130,7 +130,7 @@ def find_type(number: int) -> GGMLQuantizationType:
     elif number in GGMLQuantizationType._value2member_map_:
         what = f"{GGMLQuantizationType(number).name}, which is not meant for files"
     else:
-        what = "unknown"
+        what = "unknown here: update FewStep, or get the file in another type"
     known = ", ".join(qtype.name for qtype in _KNOWN.values())
     raise GGUFError(f"GGML type {number} is {what} (known: {known})")
 
