@@ -25,7 +25,9 @@ def parse_arguments() -> argparse.Namespace:
     train.add_argument("--minutes", type=float, help="wall clock in all; default 120")
     train.add_argument("--samples", type=int, help="budget in samples of the flow model instead")
     train.add_argument(
-        "--only", choices=("decoder", "encoder", "teacher", "guided"), help="a single stage"
+        "--only",
+        choices=("decoder", "encoder", "teacher", "guided", "reflow", "reflow2"),
+        help="a single stage",
     )
     train.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     score.add_argument("--captions", type=int, default=200, help="of each kind; default 200")

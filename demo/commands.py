@@ -27,7 +27,7 @@ def train(options: Namespace) -> None:
 
 def export(options: Namespace) -> None:
     """Write the three GGUF files from the checkpoints, finished or not."""
-    model = recipe.load_flow_model(options.folder / "guided.pt")
+    model = recipe.load_flow_model(options.folder / "reflow2.pt")
     vae = recipe.load_vae(options.folder)
     for path in write_files(model, vae, TeacherConfig(), options.models or MODELS):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -30,6 +30,12 @@ class LatentCode:
         """(n, 3, h, w) in [0, 1] to (n, 16, h/8, w/8) of zero mean and unit variance overall."""
         return torch.nn.functional.conv2d(pictures, self.weight, self.bias, stride=PATCH)
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """The nearest pictures (n, 3, 8h, 8w) to latents (n, 16, h, w), by least squares."""
+        back = torch.linalg.pinv(self.weight.flatten(1)).T.reshape(self.weight.shape)
+        centred = latents - self.bias[:, None, None]
+        return torch.nn.functional.conv_transpose2d(centred, back, stride=PATCH)
+
 
 def fit_latent_code(seed: int = 0, scenes: int = 2048) -> LatentCode:
     """Principal components of the patches of `scenes` pictures of training captions."""

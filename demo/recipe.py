@@ -1,11 +1,14 @@
 """The training recipe of the model that ships: scenes in, two networks' checkpoints out.
 
-Four stages, each resumable on its own: the VAE's decoder, its encoder, the flow model with its text
-encoder, and a second flow model that learns the first one's guided pictures, so that it needs no
-CFG. Only the last waits for another, since the latents that bind them are a closed form.
+Six stages, each resumable on its own: the VAE's decoder, its encoder, the flow model with its text
+encoder, a second flow model that learns the first one's guided velocity, so that it needs no CFG,
+and a third that learns, in two rounds, the straight way to the second one's pictures, so that it
+needs few steps. The VAE does not wait for the flow models, since the latents that bind them are a
+closed form.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,21 +18,28 @@ from torch import Tensor
 
 from ..distill.guidance import GuidanceTask
 from ..distill.loop import Budget, Task, load_checkpoint, save_atomically, train
+from ..distill.reflow import Mend, ReflowTask
 from ..distill.teacher import FlowModel, TeacherConfig, TeacherTask
 from ..host import modules
 from .captions import VOCABULARY, draw_captions, spoken
+from .evaluate import LATENT
+from .export import PRESET
 from .latents import LatentCode, fit_latent_code
-from .scenes import draw
+from .nearest import nearest_places
+from .scenes import draw, render
 from .vae import DECODER_GAIN, VAETask
 
 # Share of a budget in minutes, and samples per sample of the flow model's, that each stage gets.
 STAGES = {
-    "decoder": (0.11, 0.05),
+    "decoder": (0.15, 0.07),
     "encoder": (0.04, 0.02),
-    "teacher": (0.70, 1.0),
-    "guided": (0.15, 0.15),
+    "teacher": (0.46, 1.0),
+    "guided": (0.10, 0.12),
+    "reflow": (0.12, 0.13),
+    "reflow2": (0.13, 0.13),
 }
 GUIDANCE = 3.0  # the scale of CFG that the model that ships has learned by heart
+PAIRS = 192  # batches of noise and picture that reflow learns from
 # What a training batch holds, in equal parts: the plainest sentence twice.
 MIXTURE = ("single", "single", "pair", "count")
 
@@ -47,6 +57,19 @@ def training_batch(code: LatentCode, batch: int, index: int) -> tuple[Tensor, Te
     return code.encode(draw(captions, rng)), tokens
 
 
+def reflow_batch(code: LatentCode, batch: int, seed: int, index: int) -> tuple[Tensor, Mend]:
+    """Token ids (batch, 77), and the way from latents to those of the nearest right pictures."""
+    rng = np.random.default_rng((9 + seed, index))
+    captions = draw_captions(rng, batch, MIXTURE)
+    tokens = torch.tensor([modules.tokenize(spoken(caption, rng)) for caption in captions])
+
+    def mend(latents: Tensor) -> Tensor:
+        pictures = zip(code.decode(latents).numpy(), captions, strict=True)
+        return code.encode(render(captions, [nearest_places(*pair) for pair in pictures]))
+
+    return tokens, mend
+
+
 def latent_code(folder: Path) -> LatentCode:
     """The map to latents that every stage trained in `folder` shares; fitted when first asked."""
     path = folder / "latents.pt"
@@ -61,7 +84,7 @@ def stage_task(
 ) -> Task:
     """The task of one of STAGES for `distill.loop.train`, as it starts.
 
-    Raises: FileNotFoundError for "guided" where `folder` holds no teacher yet.
+    Raises: FileNotFoundError where `folder` lacks the stage that this one starts from.
     """
     config, code = config or TeacherConfig(), latent_code(folder)
     torch.manual_seed(0)
@@ -69,12 +92,23 @@ def stage_task(
     if stage == "teacher":
         return TeacherTask(config, vocabulary(), data, device)
     if stage == "guided":
-        path = folder / "teacher.pt"
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: train the stage teacher first")
-        return GuidanceTask(config, load_flow_model(path, config), GUIDANCE, data, device)
+        return GuidanceTask(config, _earlier(folder, "teacher", config), GUIDANCE, data, device)
+    if stage in ("reflow", "reflow2"):
+        first = stage == "reflow"
+        rates = {"muon_rate": config.muon_rate / 2, "adam_rate": config.adam_rate / 2}
+        config = replace(config, **rates, warmup=min(config.warmup, 20), ema=0.99, seed=1 - first)
+        teacher = _earlier(folder, "guided" if first else "reflow", config)
+        data = partial(reflow_batch, code, config.batch, config.seed)
+        return ReflowTask(config, teacher, LATENT, PRESET.sigmas(), data, PAIRS, device)
     network = modules.build_taesd(DECODER_GAIN).get_submodule(f"taesd_{stage}")
     return VAETask(stage, network, code, device, config.compiled)
+
+
+def _earlier(folder: Path, stage: str, config: TeacherConfig) -> FlowModel:
+    path = folder / f"{stage}.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: train the stage {stage} first")
+    return load_flow_model(path, config)
 
 
 def train_stages(
@@ -98,7 +132,7 @@ def train_stages(
 
 
 def load_flow_model(path: Path, config: TeacherConfig | None = None) -> FlowModel:
-    """The averaged weights of a checkpoint of "teacher" or "guided", for sampling and export."""
+    """The averaged weights of a flow model's checkpoint, for sampling and export."""
     model = FlowModel(config or TeacherConfig(), vocabulary())
     model.load_state_dict(load_checkpoint(path)["task"]["ema"])
     return model.eval().requires_grad_(False)

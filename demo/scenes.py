@@ -34,11 +34,18 @@ JITTER = {1: 6, 2: 3, 3: 3}  # pixels each way, by the number of objects
 RADIUS = {1: (32, 42), 2: (18, 24), 3: (17, 23)}  # pixels
 
 
-def place(caption: Caption, rng: np.random.Generator) -> list[tuple[float, float, float]]:
+Place = tuple[float, float, float]
+
+
+def layouts(caption: Caption) -> list[list[tuple[int, int]]]:
+    """Every way to lay out a caption's objects: the spot (x, y) near which each lies."""
+    return [_RELATED[caption.relation]] if caption.relation else _LAYOUTS[len(caption.objects)]
+
+
+def place(caption: Caption, rng: np.random.Generator) -> list[Place]:
     """Centre x, centre y and radius in pixels of each of a caption's objects."""
-    number = len(caption.objects)
-    layouts = [_RELATED[caption.relation]] if caption.relation else _LAYOUTS[number]
-    spots = np.array(layouts[rng.integers(len(layouts))])
+    number, ways = len(caption.objects), layouts(caption)
+    spots = np.array(ways[rng.integers(len(ways))])
     centres = spots + rng.uniform(-JITTER[number], JITTER[number], spots.shape)
     radii = rng.uniform(*RADIUS[number], number)
     return [(*map(float, centre), float(r)) for centre, r in zip(centres, radii, strict=True)]
@@ -96,10 +103,10 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
     return np.clip(0.5 - DISTANCES[shape](x / radius, y / radius) * radius, 0, 1)
 
 
-def _draw_into(picture: np.ndarray, caption: Caption, rng: np.random.Generator) -> None:
+def _draw_into(picture: np.ndarray, caption: Caption, places: Sequence[Place]) -> None:
     ground = np.float32(PALETTE[caption.background])[:, None, None] / 255
     picture[:] = ground
-    for (colour, shape), (x, y, radius) in zip(caption.objects, place(caption, rng), strict=True):
+    for (colour, shape), (x, y, radius) in zip(caption.objects, places, strict=True):
         reach = radius + 1
         columns = np.arange(max(int(x - reach), 0), min(int(x + reach) + 1, SIZE))
         rows = np.arange(max(int(y - reach), 0), min(int(y + reach) + 1, SIZE))
@@ -109,9 +116,14 @@ def _draw_into(picture: np.ndarray, caption: Caption, rng: np.random.Generator) 
         window += cover * (np.float32(PALETTE[colour])[:, None, None] / 255 - ground)
 
 
+def render(captions: Sequence[Caption], places: Sequence[Sequence[Place]]) -> Tensor:
+    """Pictures (n, 3, 128, 128) float32 in [0, 1] of the captions, objects at their places."""
+    pictures = np.empty((len(captions), 3, SIZE, SIZE), np.float32)
+    for picture, caption, spots in zip(pictures, captions, places, strict=True):
+        _draw_into(picture, caption, spots)
+    return torch.from_numpy(pictures.clip(0, 1, out=pictures))
+
+
 def draw(captions: Sequence[Caption], rng: np.random.Generator) -> Tensor:
     """Pictures (n, 3, 128, 128) float32 in [0, 1] of the captions, objects placed at random."""
-    pictures = np.empty((len(captions), 3, SIZE, SIZE), np.float32)
-    for picture, caption in zip(pictures, captions, strict=True):
-        _draw_into(picture, caption, rng)
-    return torch.from_numpy(pictures.clip(0, 1, out=pictures))
+    return render(captions, [place(caption, rng) for caption in captions])

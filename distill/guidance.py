@@ -10,7 +10,14 @@ Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models", arXiv 22
 import torch
 from torch import Tensor
 
-from .teacher import Batch, FlowModel, TeacherConfig, TeacherTask, empty_prompt
+from .teacher import (
+    Batch,
+    FlowModel,
+    TeacherConfig,
+    TeacherTask,
+    compile_blocks,
+    empty_prompt,
+)
 
 
 class GuidanceTask(TeacherTask):
@@ -35,8 +42,7 @@ class GuidanceTask(TeacherTask):
         self.model.load_state_dict(self.teacher.state_dict())
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         if config.compiled:
-            for block in self.teacher.mmdit.joint_blocks:
-                block.compile(dynamic=False)
+            compile_blocks(self.teacher)
 
     @torch.no_grad()
     def _target(

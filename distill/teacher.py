@@ -100,8 +100,7 @@ class TeacherTask:
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.optimizers = build_optimizers(self.model, config)
         if config.compiled:
-            for block in self.model.mmdit.joint_blocks:
-                block.compile(dynamic=False)
+            compile_blocks(self.model)
 
     def step(self, index: int, progress: float) -> Tensor:
         config = self.config
@@ -120,23 +119,31 @@ class TeacherTask:
         return loss.detach()
 
     def _loss(self, index: int, progress: float) -> Tensor:
-        config, (latents, tokens) = self.config, self.data(index)
-        draw = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        empty = torch.rand(len(tokens), 1, generator=draw) < config.empty_prompt
-        tokens = torch.where(empty, empty_prompt(tokens), tokens)
+        config, draw = self.config, torch.Generator()
+        draw.manual_seed(config.seed * 1_000_003 + index)
+        latents, tokens, noise, sigma = self._batch(index, draw)
         known = torch.rand(tokens.shape, generator=draw) >= config.unknown_token
         known |= tokens >= START
         if progress < config.full_from and index % config.full_every:
             tokens, known = tokens[:, : config.short_context], known[:, : config.short_context]
-        time = torch.sigmoid(torch.randn(len(latents), generator=draw))
-        sigma = config.shift * time / (1 + (config.shift - 1) * time)
-        noise = torch.randn(latents.shape, generator=draw)
         x = torch.lerp(latents, noise, sigma[:, None, None, None])
         x, sigma, tokens, known = (t.to(self.device) for t in (x, sigma, tokens, known))
         with torch.autocast(self.device.type, torch.bfloat16):
             made = self.model(x, sigma, tokens, known).float()
             target = self._target((noise - latents).to(self.device), x, sigma, tokens, known)
         return nn.functional.mse_loss(made, target)
+
+    def _batch(self, index: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents, token ids, noise like the latents, and noise levels (n,)."""
+        latents, tokens = self.data(index)
+        empty = torch.rand(len(tokens), 1, generator=draw) < self.config.empty_prompt
+        tokens = torch.where(empty, empty_prompt(tokens), tokens)
+        noise = torch.randn(latents.shape, generator=draw)
+        return latents, tokens, noise, self._sigma(len(latents), draw)
+
+    def _sigma(self, number: int, draw: torch.Generator) -> Tensor:
+        shift, time = self.config.shift, torch.sigmoid(torch.randn(number, generator=draw))
+        return shift * time / (1 + (shift - 1) * time)
 
     def _target(
         self, velocity: Tensor, x: Tensor, sigma: Tensor, tokens: Tensor, known: Tensor
@@ -164,6 +171,13 @@ class TeacherTask:
             self.ema[name].copy_(value)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def compile_blocks(model: FlowModel) -> None:
+    """Compile an MMDiT's blocks, for each length of prompt anew."""
+    torch._dynamo.config.recompile_limit = 64  # shared by all blocks of all models
+    for block in model.mmdit.joint_blocks:
+        block.compile(dynamic=False)
 
 
 def empty_prompt(tokens: Tensor) -> Tensor:

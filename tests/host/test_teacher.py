@@ -11,6 +11,7 @@ from fewstep.demo.latents import fit_latent_code
 from fewstep.demo.vae import DECODER_GAIN
 from fewstep.distill.guidance import GuidanceTask
 from fewstep.distill.loop import Budget, load_checkpoint, train
+from fewstep.distill.reflow import ReflowTask
 from fewstep.distill.teacher import (
     END,
     START,
@@ -19,7 +20,7 @@ from fewstep.distill.teacher import (
     TeacherTask,
     empty_prompt,
 )
-from fewstep.flow import uniform
+from fewstep.flow import sample_euler, uniform
 from fewstep.host import loading, modules
 
 TOY = TeacherConfig(depth=1, text_width=32, text_heads=2, batch=4, warmup=2, full_every=3)
@@ -184,6 +185,55 @@ def test_guided_stage_names_the_teacher_that_it_lacks(tmp_path):
         recipe.stage_task("guided", tmp_path, config=TOY)
 
 
+def reflow(code, batches=2):
+    data = partial(recipe.reflow_batch, code, TOY.batch, 0)
+    sigmas = uniform(2, 2.0)
+    return ReflowTask(TOY, random_model(), recipe.LATENT, sigmas, data, batches)
+
+
+def test_reflow_learns_the_straight_way_from_noise_to_the_mended_picture(code):
+    training = reflow(code)
+    losses = [training.step(i, 0.0).item() for i in range(40)]
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    assert set(training.pairs) == {0, 1}
+
+
+def test_reflow_pairs_each_noise_with_what_the_teacher_makes_of_it(code):
+    training = reflow(code)
+    tokens, mend = training.data(1)
+    noise = training._noise(1, (TOY.batch, *recipe.LATENT))
+
+    def denoise(x, sigma):
+        return x - sigma[:, None, None, None] * training.teacher(x, sigma, tokens).float()
+
+    tokens = tokens[:, : TOY.short_context]
+    with torch.autocast("cpu", torch.bfloat16):
+        made = sample_euler(denoise, noise, uniform(2, 2.0))
+    latents, _, same, sigma = training._batch(3, torch.Generator())  # of two: number 1 again
+    assert torch.equal(same, noise) and torch.equal(latents, mend(made))
+    assert ((sigma > 0) & (sigma <= 1)).all()
+
+
+def test_reflow_goes_on_to_the_very_same_weights(code, tmp_path):
+    budget = Budget(samples=6 * TOY.batch)
+    whole = reflow(code)
+    train(whole, tmp_path / "whole.pt", budget)
+    cut = reflow(code)
+    for i in range(3):
+        cut.step(i, i / 6)
+    done = {"steps": 3, "samples": 3 * TOY.batch, "seconds": 1.0}
+    torch.save({"task": cut.state_dict(), "done": done}, tmp_path / "cut.pt")
+    again = reflow(code)
+    train(again, tmp_path / "cut.pt", budget)
+    for name, value in whole.ema.items():
+        assert torch.equal(value, again.ema[name]), name
+
+
+def test_reflow_stage_names_the_model_that_it_lacks(tmp_path):
+    with pytest.raises(FileNotFoundError, match="guided first"):
+        recipe.stage_task("reflow", tmp_path, config=TOY)
+
+
 def test_draws_by_euler_steps_with_and_without_guidance():
     model = random_model()
     decoder = modules.build_taesd(DECODER_GAIN).taesd_decoder.requires_grad_(False)
@@ -200,6 +250,6 @@ def test_recipe_runs_every_stage_and_goes_on(tmp_path):
         recipe.train_stages(tmp_path, recipe.STAGES, samples=320, config=TOY)
     assert load_checkpoint(tmp_path / "teacher.pt")["done"]["samples"] == 320
     assert load_checkpoint(tmp_path / "decoder.pt")["done"]["samples"] == 16
-    model = recipe.load_flow_model(tmp_path / "guided.pt", TOY)
+    model = recipe.load_flow_model(tmp_path / "reflow2.pt", TOY)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     recipe.load_vae(tmp_path)
