@@ -219,6 +219,13 @@ def test_a_value_without_a_place_is_refused(name):
         run.fill_in(graph, **{name: 1})
 
 
+def test_prompts_outside_the_demos_grammar_are_named(capsys):
+    run.warn_of_unknown(["a red ring on a blue background", "a red ring", "a dog"])
+    noted = capsys.readouterr().out.splitlines()
+    assert len(noted) == 2 and "'a red ring'" in noted[0] and "'a dog'" in noted[1]
+    assert all("three orange triangles on a cyan background" in line for line in noted)
+
+
 def test_file_names_are_safe_short_and_distinct():
     taken = set()
     prompts = [
@@ -266,6 +273,17 @@ def test_a_host_that_dies_shows_its_last_words_and_keeps_its_log(comfyui):
         pass
     assert host.log.exists()
     shutil.rmtree(host.scratch)
+
+
+def test_a_start_that_is_broken_off_leaves_nothing(comfyui):
+    class BrokenOff(run.Host):
+        def wait_until_ready(self):
+            raise KeyboardInterrupt
+
+    host = BrokenOff(comfyui, comfyui / "base", sys.executable)
+    with pytest.raises(KeyboardInterrupt), host:
+        pass
+    assert not is_alive(host.process.pid) and not host.scratch.exists()
 
 
 def test_a_pack_that_comfyui_could_not_import_shows_its_traceback(comfyui):
