@@ -2,13 +2,14 @@
 
 Background: the median colour of the border. Objects: connected regions that differ from it. An
 object's colour is its median, named by the nearest colour of the palette; its shape is the one of
-the six whose ideal outline, fitted to the region, covers it best. Slight blur and noise change no
-verdict; a wrong colour, shape, number or order does.
+the six whose ideal outline, fitted to the region, covers it best, if no part is missing or too
+much. Slight blur and noise change no verdict; a wrong colour, shape, number or order does.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import permutations, product
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -21,6 +22,7 @@ APART = 40  # RGB distance from the background at which an object begins
 SMALLEST = 0.004  # share of the picture below which a region is a speck, no object
 STRAY = 0.01  # share of the ground that may differ from it: specks
 FIT = 0.8  # overlap with the ideal shape, intersection over union, that a shape must reach
+FAULT = 0.12  # radius of the largest disc that may be missing or too much, in the shape's radius
 FLAT = 0.85  # share of an object's inside that must have its colour
 
 _COLOURS = np.array([PALETTE[colour] for colour in COLOURS], np.float32)
@@ -75,32 +77,46 @@ def name_shape(cover: np.ndarray) -> str | None:
     Each shape is placed by the region's bounding box; those that then fit nearly best are also
     tried shifted and resized a little.
     """
-    fits = {shape: _overlap(shape, cover, [(1, 0, 0)]) for shape in SHAPES}
-    leaders = [shape for shape in SHAPES if fits[shape] > max(fits.values()) - 0.15]
-    fits = {shape: _overlap(shape, cover, _NUDGES) for shape in leaders}
-    best = max(leaders, key=fits.get)
-    return best if fits[best] >= FIT else None
+    fits = {shape: _fit(shape, cover, [(1, 0, 0)]) for shape in SHAPES}
+    best = max(fit.overlap for fit in fits.values())
+    fits = {s: _fit(s, cover, _NUDGES) for s in SHAPES if fits[s].overlap > best - 0.15}
+    shape, fit = max(fits.items(), key=lambda item: item[1].overlap)
+    return shape if fit.overlap >= FIT and fit.fault(cover) <= FAULT else None
+
+
+class _Fit(NamedTuple):
+    """An ideal shape laid over a region: intersection over union, coverage (h, w), radius."""
+
+    overlap: float
+    ideal: np.ndarray
+    radius: float
+
+    def fault(self, cover: np.ndarray) -> float:
+        """Radius of the largest disc that is in one and not in the other, in radii of the shape."""
+        differs = np.pad(np.abs(self.ideal - cover) > 0.5, 1)
+        return ndimage.distance_transform_edt(differs).max() / self.radius
 
 
 _NUDGES = list(product((0.95, 1, 1.05), (-0.04, 0, 0.04), (-0.04, 0, 0.04)))
 
 
-def _overlap(shape: str, cover: np.ndarray, nudges: list[tuple[float, float, float]]) -> float:
-    """Best intersection over union over (size, shift x, shift y), in shares of the size."""
+def _fit(shape: str, cover: np.ndarray, nudges: list[tuple[float, float, float]]) -> _Fit:
+    """The best fit over (size, shift x, shift y), in shares of the size."""
     solid = cover > 0.5
     columns, rows = np.flatnonzero(solid.any(0)), np.flatnonzero(solid.any(1))
     x0, x1, y0, y1 = columns[0], columns[-1] + 1, rows[0], rows[-1] + 1
     left, right, top, bottom = _EXTENTS[shape]
     wide, high = (x1 - x0) / (right - left), (y1 - y0) / (bottom - top)
     x, y = (x0 + x1 - wide * (left + right)) / 2, (y0 + y1 - high * (top + bottom)) / 2
+    best = _Fit(0.0, np.zeros_like(cover), 1.0)
     if not 0.75 < wide / high < 1.33:
-        return 0.0
+        return best
     grid_x, grid_y = np.arange(cover.shape[1]) + 0.5 - x, np.arange(cover.shape[0]) + 0.5 - y
-    best = 0.0
     for size, dx, dy in nudges:
         radius = size * (wide + high) / 2
         ideal = coverage(shape, grid_x[None] - dx * wide, grid_y[:, None] - dy * high, radius)
-        best = max(best, np.minimum(ideal, cover).sum() / np.maximum(ideal, cover).sum())
+        overlap = np.minimum(ideal, cover).sum() / np.maximum(ideal, cover).sum()
+        best = max(best, _Fit(overlap, ideal, radius), key=lambda fit: fit.overlap)
     return best
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from fewstep.demo.captions import COLOURS, KINDS, SHAPES, draw_captions, parse_caption
-from fewstep.demo.scenes import draw
+from fewstep.demo.scenes import draw, render
 from fewstep.demo.score import look, rates, score
 from scipy import ndimage
 
@@ -82,6 +82,27 @@ def test_smears_and_specks_are_no_picture():
     stained[::6, ::6] = 0  # specks all over the ground
     for wrong in (noise, smear, stained, np.full_like(picture, 255)):
         assert not score(wrong, caption).right
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "columns"),
+    [
+        ("star", (75, 128), (0, 60)),  # a leg
+        ("star", (0, 128), (82, 128)),  # an arm
+        ("cross", (0, 40), (0, 128)),  # an end
+        ("ring", (58, 70), (64, 128)),  # a gap
+        ("circle", (0, 45), (0, 52)),  # a bite
+        ("square", (80, 128), (80, 128)),  # a corner
+        ("triangle", (0, 50), (0, 128)),  # the tip
+    ],
+)
+def test_a_missing_part_is_a_wrong_shape(shape, rows, columns):
+    caption = parse_caption(f"a red {shape} on a white background")
+    picture = render([caption], [[(64.0, 64.0, 38.0)]])[0].permute(1, 2, 0).numpy()
+    picture = (255 * picture).round().astype(np.uint8)
+    assert score(picture, caption).right
+    picture[slice(*rows), slice(*columns)] = 255
+    assert not score(picture, caption).right
 
 
 def test_looks_at_colour_shape_and_place():

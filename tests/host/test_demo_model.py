@@ -55,15 +55,16 @@ def test_files_are_small_and_complete(model, clip, vae):
     assert vae.latent_channels == 16
 
 
-@pytest.mark.parametrize("steps", [8, 4])
-def test_sentences_never_trained_are_drawn(model, clip, vae, steps):
-    """Single objects, in 8 steps and in 4, without CFG: 16 wholly right of 20 is the bar."""
-    captions = draw_captions(np.random.default_rng(11), 20, ("single",), True)
+@pytest.mark.parametrize(
+    ("kind", "steps", "floor"), [("single", 8, 19), ("single", 2, 18), ("pair", 4, 17)]
+)
+def test_sentences_never_trained_are_drawn(model, clip, vae, kind, steps, floor):
+    """Wholly right, of 20, without CFG: the README's figures less what chance takes off 20."""
+    captions = draw_captions(np.random.default_rng(11), 20, (kind,), True)
     pictures = [draw(model, clip, vae, str(c), seed, steps) for seed, c in enumerate(captions)]
     verdicts = [score(*pair) for pair in zip(pictures, captions, strict=True)]
     assert sum(v.background for v in verdicts) >= 19
-    assert sum(v.colour and v.count for v in verdicts) >= 19
-    assert sum(v.right for v in verdicts) >= 16
+    assert sum(v.right for v in verdicts) >= floor
 
 
 @torch.inference_mode()
