@@ -10,6 +10,7 @@ EXTENSIONS = {".gguf", ".safetensors", ".sft"}
 
 # the host's folder key -> the key that users' configurations name for GGUF files (ComfyUI-GGUF's)
 KEYS = {"diffusion_models": "unet_gguf", "text_encoders": "clip_gguf", "vae": "vae_gguf"}
+IMPORTANCE = "importance"  # below the output folder, and below models/
 
 
 def model_key(key: str) -> str:
@@ -37,7 +38,10 @@ def model_path(key: str, name: str) -> str:
 
     Raises: FileNotFoundError naming the file and the folders that were searched.
     """
-    own = model_key(key)
+    return _path(model_key(key), name)
+
+
+def _path(own: str, name: str) -> str:
     path = folder_paths.get_full_path(own, name)
     if path is None:
         searched = ", ".join(folder_paths.get_folder_paths(own))
@@ -45,3 +49,33 @@ def model_path(key: str, name: str) -> str:
             f"{name} is not there any more. Put it into one of these folders, press R: {searched}"
         )
     return path
+
+
+def importance_key() -> str:
+    """The folder key of importance files: where we write them, and models/importance."""
+    written = os.path.join(folder_paths.get_output_directory(), IMPORTANCE)
+    own = f"fewstep_{IMPORTANCE}"
+    paths = [written, os.path.join(folder_paths.models_dir, IMPORTANCE)]
+    folder_paths.folder_names_and_paths[own] = (paths, {".gguf"})
+    return own
+
+
+def importance_names() -> list[str]:
+    """Importance files for an input's list."""
+    return folder_paths.get_filename_list(importance_key())
+
+
+def importance_path(name: str) -> str:
+    """A name of `importance_names` -> its full path. Raises: FileNotFoundError, as `model_path`."""
+    return _path(importance_key(), name)
+
+
+def any_model_names() -> list[str]:
+    """Files of every kind of `KEYS` as 'folder/name', for an input's list."""
+    return [f"{key}/{name}" for key in KEYS for name in model_names(key)]
+
+
+def any_model_path(name: str) -> str:
+    """A name of `any_model_names` -> its full path. Raises: FileNotFoundError, as `model_path`."""
+    key, _, inner = name.partition("/")
+    return model_path(key, inner)

@@ -37,13 +37,13 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False):
     state_dict, metadata = read(path)
     if not is_diffusion_model(state_dict):
         raise wrong_kind(path, state_dict, metadata, "diffusion model")
-    preset = _preset(path, metadata)
+    preset = preset_of(path, metadata)
     operations = None if is_safetensors(path) else gguf_ops(path)
     log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
         model_options={"custom_operations": operations},
-        metadata=_texts(metadata),
+        metadata=texts(metadata),
         disable_dynamic=disable_dynamic,
     )
     if operations is not None:
@@ -109,7 +109,7 @@ def load_vae(path: str):
     dense = {name: _dense(tensor) for name, tensor in state_dict.items()}
     for name, tensor in dense.items():
         check_finite(path, name, tensor)
-    vae = comfy.sd.VAE(sd=dense, metadata=_texts(metadata))
+    vae = comfy.sd.VAE(sd=dense, metadata=texts(metadata))
     if vae.first_stage_model is None:
         raise wrong_kind(path, state_dict, metadata, "VAE")
     return vae
@@ -126,7 +126,7 @@ def summary(state_dict: dict[str, torch.Tensor]) -> str:
     return f"{len(state_dict)} tensors, {size / 1e9:.2f} GB: {types}"
 
 
-def _texts(metadata) -> dict[str, str]:
+def texts(metadata) -> dict[str, str]:
     """What the host understands of a file's metadata: a safetensors header's text. GGUF's own keys
     all have a dot, and some are long lists that are better left unread.
     """
@@ -134,7 +134,7 @@ def _texts(metadata) -> dict[str, str]:
     return {key: metadata[key] for key in keys if isinstance(metadata[key], str)}
 
 
-def _preset(path, metadata):
+def preset_of(path, metadata):
     try:
         return preset_from_metadata(metadata)
     except ValueError as error:

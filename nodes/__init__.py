@@ -2,11 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import loaders, sampling, text
+from . import loaders, quantizing, sampling, text
+
+NODES = [*loaders.NODES, *text.NODES, *sampling.NODES, *quantizing.NODES]
 
 
 class FewStepExtension(ComfyExtension):
     """What ComfyUI asks for: the list of nodes."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*loaders.NODES, *text.NODES, *sampling.NODES]
+        return NODES

@@ -141,7 +141,7 @@ def _candidates(choice: Choice) -> list[T]:
     fitting = [qtype for qtype in LADDER if qtype in writable]
     fitting = [qtype for qtype in fitting if source.cols % GGML_QUANT_SIZES[qtype][0] == 0]
     if source.qtype is None or source.qtype in PLAIN_TYPES:
-        return [*fitting, T.BF16 if source.label == "BF16" else T.F16]
+        return [*fitting, T.BF16 if source.label.startswith("BF16") else T.F16]
     size, width = GGML_QUANT_SIZES[source.qtype]
     smaller = [q for q in fitting if GGML_QUANT_SIZES[q][1] * size < width * GGML_QUANT_SIZES[q][0]]
     return [*smaller, source.qtype]

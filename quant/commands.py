@@ -6,28 +6,21 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-
-from gguf import GGMLQuantizationType as T
-from gguf import LlamaFileType
 
 from .architectures import ARCHITECTURES
 from .budget import fit, parse_budget
-from .compare import compare, inspect
+from .compare import compare, field_lines, fields_of, inspect
 from .convert import Options, check_destination, check_importance, convert
 from .errors import GGUFError
 from .importance import read_importance
 from .plan import make_plan
 from .plot import draw, pillow
 from .quantize import writable_types
-from .reader import GGUFFile
-from .recipes import RECIPES, Recipe, recipe_named, recipe_of_type, type_named
+from .recipes import BY_BUDGET, RECIPES, Recipe, recipe_named, recipe_of_type, type_named
 from .report import Report
 from .sources import open_source
 from .types import PLAIN_TYPES, QTYPES
-
-_SHOWN = 72  # characters of a metadata field
 
 
 def run_convert(options: argparse.Namespace) -> None:
@@ -44,14 +37,14 @@ def run_convert(options: argparse.Namespace) -> None:
     if options.budget:
         check_importance(plan, work.importance)
         room = options.budget(plan)
-        check_destination(replace(plan, choices=()), Path(options.destination))
+        check_destination(plan, Path(options.destination), size=0)
         plan = fit(plan, room, work.importance, work.progress)
     _show(convert(plan, options.destination, options.preset | dict(options.meta), work), options)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
     if options.budget:
-        return replace(recipe_of_type(T.Q8_0), name="budget", file_type=LlamaFileType.GUESSED)
+        return BY_BUDGET
     return recipe_named(options.recipe) if options.recipe else recipe_of_type(options.type)
 
 
@@ -63,12 +56,11 @@ def run_compare(options: argparse.Namespace) -> None:
 
 def run_inspect(options: argparse.Namespace) -> None:
     """What a file holds."""
-    report, fields = inspect(options.file), _fields(options.file)
+    report, fields = inspect(options.file), fields_of(options.file)
     if options.json:
         print(json.dumps(report.as_dict() | {"metadata": fields}, indent=2, ensure_ascii=False))
         return
-    width = max(map(len, fields), default=0)
-    report.notes += [f"{key:<{width}}  {_short(value)}" for key, value in fields.items()]
+    report.notes += field_lines(fields)
     print(report.text(options.tensors))
 
 
@@ -126,22 +118,6 @@ def _show(report: Report, options: argparse.Namespace) -> None:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
         print(report.text(options.tensors))
-
-
-def _fields(path: str) -> dict[str, object]:
-    """All metadata of a file, as plain data."""
-    if not path.lower().endswith(".gguf"):
-        return open_source(path).metadata
-    with GGUFFile(path) as file:
-        return dict(file.metadata)
-
-
-def _short(value: object) -> str:
-    if isinstance(value, list) and len(value) > 12:
-        return f"{len(value)} values, {json.dumps(value[:3], ensure_ascii=False)[1:-1]}, …"
-    text = value if isinstance(value, str) else json.dumps(value)
-    text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 def _progress(quiet: bool):

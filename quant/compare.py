@@ -1,5 +1,6 @@
 """Two files, tensor by tensor: what the second costs against the first. And what one file holds."""
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -8,11 +9,13 @@ from .architectures import find_architecture, prefix_of
 from .errors import GGUFError
 from .measure import Errors
 from .plan import named
+from .reader import GGUFFile
 from .report import Report, Row
 from .sources import Source, open_source
 from .stored import StoredTensor
 
 Progress = Callable[[int, int, str], None]
+_SHOWN = 72  # characters of a metadata field
 
 
 def compare(first: str, second: str, progress: Progress | None = None) -> Report:
@@ -57,6 +60,28 @@ def inspect(path: str) -> Report:
     tag = source.architecture or find_architecture(names).tag
     size = sum(os.path.getsize(file) for file in source.files)
     return Report(title=f"{path}: {tag}", size=size, architecture=tag, rows=rows)
+
+
+def fields_of(path: str) -> dict[str, object]:
+    """All metadata of a file, as plain data."""
+    if not path.lower().endswith(".gguf"):
+        return open_source(path).metadata
+    with GGUFFile(path) as file:
+        return dict(file.metadata)
+
+
+def field_lines(fields: dict[str, object]) -> list[str]:
+    """A line for each field; long values are cut short."""
+    width = max(map(len, fields), default=0)
+    return [f"{key:<{width}}  {_short(value)}" for key, value in fields.items()]
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and len(value) > 12:
+        return f"{len(value)} values, {json.dumps(value[:3], ensure_ascii=False)[1:-1]}, …"
+    text = value if isinstance(value, str) else json.dumps(value)
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 def _inner(source: Source) -> dict[str, StoredTensor]:

@@ -72,8 +72,11 @@ def convert(
     )
 
 
-def check_destination(plan: Plan, path: Path) -> None:
-    """Raises: GGUFError if the plan cannot be written to `path`, told without writing."""
+def check_destination(plan: Plan, path: Path, size: int | None = None) -> None:
+    """Raises: GGUFError if the plan cannot be written to `path`, told without writing.
+
+    size: of all tensors in bytes, None for the plan's.
+    """
     folder = path.parent
     if path.is_dir():
         raise GGUFError(f"{path}: a folder: name a file in it")
@@ -84,7 +87,8 @@ def check_destination(plan: Plan, path: Path) -> None:
             raise GGUFError(f"{path}: is the source itself: choose another name")
     if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise GGUFError(f"{path}: cannot be written: change its permissions, or the folder's")
-    needed, free = plan.nbytes + _HEADER_ROOM, shutil.disk_usage(folder).free
+    needed = _HEADER_ROOM + (plan.nbytes if size is None else size)
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise GGUFError(
             f"{path}: takes {size_text(needed)}, but only {size_text(free)} are free there: make "

@@ -6,6 +6,8 @@ Source: llama.cpp tools/imatrix (`save_imatrix`), tools/quantize (`load_imatrix`
 """
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,8 +15,41 @@ from torch import Tensor
 from .architectures import prefix_of
 from .errors import GGUFError
 from .reader import GGUFFile
+from .writer import write_gguf
 
 _SUM, _COUNT = ".in_sum2", ".counts"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one weight's inputs were: `squares` (cols,) float64, each one's sum of squares over
+    `tokens` tokens."""
+
+    squares: Tensor
+    tokens: int
+
+    def __add__(self, other: "Seen") -> "Seen":
+        return Seen(self.squares + other.squares, self.tokens + other.tokens)
+
+
+def write_importance(
+    path: str | os.PathLike[str], seen: Mapping[str, Seen], runs: int, about: str
+) -> None:
+    """Write what was seen of each weight, by its name; `runs` samplings of `about`.
+
+    Raises: GGUFError where it cannot be written; the old file then stays.
+    """
+    tensors = []
+    for name, row in seen.items():
+        tensors.append((name + _SUM, row.squares.float().view(1, -1)))
+        tensors.append((name + _COUNT, torch.tensor([[row.tokens]], dtype=torch.float32)))
+    metadata = {
+        "general.type": "imatrix",
+        "imatrix.datasets": [about],
+        "imatrix.chunk_count": runs,
+        "imatrix.chunk_size": max((row.tokens // runs for row in seen.values()), default=0),
+    }
+    write_gguf(path, "imatrix", metadata, tensors)
 
 
 def read_importance(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ def _select(source: Source, prefix: str | None) -> tuple[dict[str, StoredTensor]
             part = (p for p, begins in OTHER_PARTS.items() if name.startswith(begins))
             left[next(part, "other")] += 1
     notes = [f"left out: {count} tensors ({part})" for part, count in left.items()]
-    return inside, notes
+    return inside, [*source.notes, *notes]
 
 
 def named(source: Source, prefix: str) -> dict[str, StoredTensor]:
@@ -184,7 +184,8 @@ def _choose(
         if fnmatch.fnmatchcase(name, glob):
             return Choice(name, tensor, _fitting(tensor, qtype), f"asked for by {glob}")
     if kept := _kept(name, tensor, row):
-        return Choice(name, tensor, *kept)
+        qtype, why = kept
+        return Choice(name, tensor, T.F32 if recipe.base is T.F32 else qtype, why)
     wanted, why = recipe.base, ""
     if name in places:
         role, i, n = places[name]
@@ -225,7 +226,7 @@ def _delicate(name: str, row: Architecture) -> bool:
 
 
 def _half(tensor: StoredTensor) -> T:
-    return T.BF16 if tensor.label == "BF16" else T.F16
+    return T.BF16 if tensor.label.startswith("BF16") else T.F16
 
 
 def _bits(qtype: T) -> float:

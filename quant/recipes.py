@@ -13,7 +13,7 @@ higher is not published, so flash-4's rules are our guess.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType
@@ -165,6 +165,20 @@ def recipe_of_type(qtype: T) -> Recipe:
         LlamaFileType, f"MOSTLY_{qtype.name}", LlamaFileType.GUESSED
     )
     return Recipe(qtype.name, f"{qtype.name} throughout", qtype, (), file_type)
+
+
+def recipe_or_type(name: str) -> Recipe:
+    """A recipe by its name, else the recipe of the type so called. Raises: GGUFError with both."""
+    if name.lower() in map(str.lower, RECIPES):
+        return recipe_named(name)
+    if name.upper() in (qtype.name for qtype in (*PLAIN_TYPES, *QTYPES)):
+        return recipe_of_type(type_named(name))
+    known = dict.fromkeys([*RECIPES, *(qtype.name for qtype in (*PLAIN_TYPES, *QTYPES))])
+    raise GGUFError(f"no recipe or type is called {name!r} (known: {', '.join(known)})")
+
+
+# Where a size budget chooses the types; until then all matrices count as its ladder's largest.
+BY_BUDGET = replace(recipe_of_type(T.Q8_0), name="budget", file_type=LlamaFileType.GUESSED)
 
 
 def role_of(name: str) -> str | None:

@@ -40,7 +40,7 @@ class Source:
     """A model's tensors by name, in the file's order, and what it says of itself.
 
     files: where they lie. metadata: fields for a GGUF file made from this one. architecture: the
-    file's own tag, or None.
+    file's own tag, or None. notes: lines for the person.
     """
 
     path: str
@@ -48,6 +48,7 @@ class Source:
     files: tuple[str, ...] = ()
     metadata: dict[str, object] = field(default_factory=dict)
     architecture: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:

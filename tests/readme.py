@@ -14,10 +14,10 @@ README = ROOT / "README.md"
 def tables() -> dict[str, str]:
     """Marker name -> Markdown. ComfyUI must be importable (see `in_process`)."""
     from fewstep.flow import PRESETS
-    from fewstep.nodes import loaders, sampling, text
+    from fewstep.nodes import NODES
     from fewstep.quant import types_markdown
 
-    nodes = [node.define_schema() for m in (loaders, text, sampling) for node in m.NODES]
+    nodes = [node.define_schema() for node in NODES]
     rows = [f"| **{n.display_name}** | {n.description} |" for n in nodes]
     node_table = "\n".join(["| Node | What it does |", "|---|---|", *rows])
     presets = [

@@ -2,10 +2,8 @@
 
 import re
 
-from fewstep.nodes import loaders, sampling, text
+from fewstep.nodes import NODES
 from fewstep.tests import readme
-
-NODES = [*loaders.NODES, *text.NODES, *sampling.NODES]
 
 
 def test_readmes_tables_are_made_from_the_code():

@@ -1,7 +1,7 @@
 """The nodes as a person meets them: over HTTP, with messages on the node, and help in the page."""
 
 import pytest
-from fewstep.nodes import sampling, text
+from fewstep.nodes import quantizing, sampling, text
 
 AUTO = "auto (from the checkpoint)"
 
@@ -16,7 +16,7 @@ def graph(**inputs):
 
 
 def test_nodes_and_their_help_are_served(server):
-    for node in [*sampling.NODES, *text.NODES]:
+    for node in [*sampling.NODES, *text.NODES, *quantizing.NODES]:
         info = server.get(f"/object_info/{node.__name__}")[node.__name__]
         assert info["name"] == node.__name__ and info["description"]
         page = server.get(f"/extensions/fewstep/docs/{node.__name__}.md")
