@@ -8,6 +8,7 @@ import sys
 
 from . import commands
 from .errors import GGUFError
+from .lora import parse_lora
 
 _CONVERT = """\
 SRC  a .safetensors file (f32, f16, bf16, fp8 with scales), the first of its shards
@@ -20,6 +21,7 @@ keep 16 or 32 bits whatever the recipe.
 
   python -m quant convert sd3.5_medium.safetensors sd3.5_medium-Q6_K.gguf --type Q6_K
   python -m quant convert flux1-dev.safetensors flux1-dev-4.gguf --recipe flash-4 --plot cost.png
+  python -m quant convert flux1-dev.safetensors turbo.gguf --type Q6_K --lora turbo.safetensors:1
   python -m quant convert all-in-one.safetensors vae.gguf --type F16 --prefix first_stage_model.
 """
 
@@ -86,6 +88,8 @@ def _add_convert(add) -> None:
     option("--preset", type=_preset, default={}, metavar="NAME",
            help="write the few-step schedule of flow/table.py so called")  # fmt: skip
     option("--importance", metavar="F", help="an importance matrix, llama.cpp's imatrix.gguf")
+    option("--lora", action="append", default=[], type=parse_lora, metavar="F[:STRENGTH]",
+           help="bake a LoRA in, .safetensors; may be given several times")  # fmt: skip
     option("--arch", metavar="TAG", help="general.architecture, where names do not tell it")
     option("--prefix", help="take only tensors whose names begin so, and strip it; '' for all")
     option("--allow-nonfinite", action="store_true",

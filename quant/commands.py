@@ -14,6 +14,7 @@ from .compare import compare, field_lines, fields_of, inspect
 from .convert import Options, check_destination, check_importance, convert
 from .errors import GGUFError
 from .importance import read_importance
+from .lora import bake
 from .plan import make_plan
 from .plot import draw, pillow
 from .quantize import writable_types
@@ -26,6 +27,8 @@ from .types import PLAIN_TYPES, QTYPES
 def run_convert(options: argparse.Namespace) -> None:
     """SRC -> DST, and the report."""
     source = open_source(options.source)
+    if options.lora:
+        source = bake(source, options.lora, options.prefix)
     _check_plot(options.plot)
     plan = make_plan(source, _recipe(options), options.tensor, options.arch, options.prefix)
     work = Options(
