@@ -1,10 +1,11 @@
-"""Quantising: a MODEL into a GGUF file, what its inputs tell of it, what a file holds and takes."""
+"""Quantising: a MODEL into a GGUF file, what its inputs tell of it, what a file holds and takes,
+and what quantising did to the pictures."""
 
 import os
 
 from comfy_api.latest import io, ui
 
-from ..host import folders, importance, quantizing, sampling
+from ..host import comparing, folders, importance, quantizing, sampling
 from ..host.preflight import preflight
 from ..quant import writable_types
 from ..quant.recipes import RECIPES
@@ -164,6 +165,38 @@ class FewStepInspect(io.ComfyNode):
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
+class FewStepCompare(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FewStepCompare",
+            display_name="FewStep Compare",
+            category="model/quantization",
+            description="Two latents drawn from the same seed, by a model and by what was made of "
+            "it: decodes both, lays them side by side and tells how close they are (PSNR).",
+            search_aliases=["psnr", "difference", "side by side", "quality", "quantize"],
+            is_output_node=True,
+            inputs=[
+                io.Latent.Input("original", tooltip="Drawn by the original model."),
+                io.Latent.Input("other", tooltip="Drawn by the other one, all else being equal."),
+                io.Vae.Input("vae", tooltip="Decodes both."),
+            ],
+            outputs=[
+                io.Image.Output(
+                    display_name="side by side", tooltip="The original left, the other right."
+                ),
+                io.String.Output(display_name="report", tooltip="PSNR of latents and pictures."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, original, other, vae) -> io.NodeOutput:
+        found = comparing.compare(original, other, vae)
+        shown = ui.PreviewImage(found.picture, cls=cls).as_dict()
+        shown |= ui.PreviewText(found.text()).as_dict()
+        return io.NodeOutput(found.picture, found.text(), ui=shown)
+
+
 def side_input(name):
     return io.Int.Input(
         name,
@@ -180,4 +213,4 @@ def recipes():
     return list(dict.fromkeys([*RECIPES, *(qtype.name for qtype in writable_types())]))
 
 
-NODES = [FewStepQuantize, FewStepImportance, FewStepInspect]
+NODES = [FewStepQuantize, FewStepImportance, FewStepInspect, FewStepCompare]

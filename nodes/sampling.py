@@ -23,9 +23,9 @@ class PresetNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, preset):
+    def validate_inputs(cls, preset=None):
         """The host's own check of the list would hide a fault in the user's file."""
-        if preset not in (None, sampling.AUTO):  # None: linked from another node
+        if preset not in (None, sampling.AUTO):  # None: linked from another node, or left out
             try:
                 sampling.named_preset(preset)
             except ValueError as error:

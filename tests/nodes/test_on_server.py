@@ -1,6 +1,10 @@
 """The nodes as a person meets them: over HTTP, with messages on the node, and help in the page."""
 
+import copy
+import json
+
 import pytest
+from fewstep import run
 from fewstep.nodes import quantizing, sampling, text
 
 AUTO = "auto (from the checkpoint)"
@@ -48,3 +52,32 @@ def test_an_edited_preset_is_read_again_without_a_restart(server):
         path.write_text(f'{{"mine": {{"sigmas": [[1, {level}, 0]]}}}}', "utf-8")
         assert f"{level:.4f}" in server.run(graph(preset="mine"))["2"]["text"][0]
     path.unlink()
+
+
+def test_a_model_is_watched_quantised_inspected_and_drawn(server):
+    """What a person does with the quantising nodes, one after another."""
+    demo = json.loads((run.ROOT / "workflows" / "api" / "demo.json").read_text("utf-8"))
+    draws = next(node for node in demo.values() if node["class_type"] == "FewStepSample")
+    loader = draws["inputs"]["model"][0]
+    demo["w"] = {"class_type": "FewStepImportance", "inputs": {"model": [loader, 0]}}
+    demo["w"]["inputs"]["filename_prefix"] = "importance/demo"
+    draws["inputs"]["model"] = ["w", 0]
+    for seed in (1, 2):  # the second run adds to the first one's file
+        draws["inputs"]["seed"] = seed
+        server.run(demo)
+    inputs = server.get("/object_info/FewStepQuantize")["FewStepQuantize"]["input"]
+    assert "demo_00001_.gguf" in inputs["optional"]["importance"][1]["options"]
+    assert "demo_00002_.gguf" not in inputs["optional"]["importance"][1]["options"]
+    quantise = {"model": [loader, 0], "recipe": "flash-4", "importance": "demo_00001_.gguf"}
+    quantise["filename_prefix"] = "diffusion_models/demo"
+    made = server.run(
+        {loader: demo[loader], "q": {"class_type": "FewStepQuantize", "inputs": quantise}}
+    )["q"]
+    assert "Q4_K" in made["text"][0] and made["images"][0]["filename"].endswith(".png")
+    name = "demo-flash-4_00001_.gguf"
+    file = {"file": f"diffusion_models/{name}", "width": 128, "height": 128}
+    told = server.run({"i": {"class_type": "FewStepInspect", "inputs": file}})["i"]["text"][0]
+    assert name in told and "FewStep demo, 8 steps" in told and "fits" in told
+    again = copy.deepcopy(demo)
+    again[loader]["inputs"]["model_name"] = name
+    assert server.run(again)

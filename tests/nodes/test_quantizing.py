@@ -11,8 +11,13 @@ import torch
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from fewstep.flow import find_preset, preset_from_metadata
-from fewstep.host import folders, importance, loading, preflight
-from fewstep.nodes.quantizing import FewStepImportance, FewStepInspect, FewStepQuantize
+from fewstep.host import comparing, folders, importance, loading, preflight
+from fewstep.nodes.quantizing import (
+    FewStepCompare,
+    FewStepImportance,
+    FewStepInspect,
+    FewStepQuantize,
+)
 from fewstep.quant import GGUFFile, dequantize, quantize
 from fewstep.quant.importance import read_importance
 from fewstep.tests.host import toys
@@ -93,6 +98,16 @@ def test_lora_is_baked_into_a_quantised_model(tmp_path):
     other = QKV.replace("x_block", "context_block") + ".weight"  # copied as it was
     old, new = GGUFFile(tmp_path / "m.gguf"), GGUFFile(path)
     assert torch.equal(old.blocks(other), new.blocks(other))
+
+
+def test_other_kinds_of_lora_are_baked_by_the_host(model):
+    g = torch.Generator().manual_seed(6)
+    small, large = torch.randn(8, 8, generator=g), torch.randn(48, 16, generator=g) * 0.05
+    lokr = {f"diffusion_model.{QKV}.lokr_w1": small, f"diffusion_model.{QKV}.lokr_w2": large}
+    patched = comfy.sd.load_lora_for_models(model, None, lokr, 0.5, 0)[0]
+    path, _, _ = write(patched)
+    expected = toys.mmdit()[f"{QKV}.weight"] + 0.5 * torch.kron(small, large)
+    torch.testing.assert_close(floats(path), expected)
 
 
 def test_merges_are_baked(model):
@@ -325,3 +340,49 @@ def test_bad_files_are_named(tmp_path):
     path = save(tmp_path / "odd.safetensors", {"a.weight": torch.ones(4, 4)})
     with pytest.raises(ValueError, match=r"odd\.safetensors.*does not know"):
         preflight.preflight(path, 64, 64)
+
+
+# --- FewStep Compare ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return loading.load_vae(folders.model_path("vae", "fewstep-demo-vae.gguf"))
+
+
+def latents(count=2, side=8):
+    return torch.randn(count, 16, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_pictures_side_by_side_and_how_close(vae):
+    original = latents()
+    other = original.clone()
+    other[1] += 0.1
+    image, text = FewStepCompare.execute({"samples": original}, {"samples": other}, vae).args
+    assert image.shape == (2, 64, 128, 3) and image.min() >= 0 and image.max() <= 1
+    left, right = image.chunk(2, dim=2)
+    assert torch.equal(left[0], right[0]) and not torch.equal(left[1], right[1])
+    expected = 20 * torch.log10((original[1].max() - original[1].min()) / 0.1)
+    decoded = -10 * torch.log10((left[1] - right[1]).square().mean())
+    first, second, means, _ = text.splitlines()
+    assert first == "picture 1: latents inf dB, decoded inf dB"
+    assert second == f"picture 2: latents {expected:.1f} dB, decoded {decoded:.1f} dB"
+    assert means.startswith("mean: latents inf dB")
+
+
+def test_latents_of_different_sizes_are_refused(vae):
+    with pytest.raises(ValueError, match=r"different shapes.*same size and number"):
+        FewStepCompare.execute({"samples": latents()}, {"samples": latents(1)}, vae)
+
+
+def test_coarser_types_are_further_off(tmp_path, vae):
+    """From the same noise through the host: the fewer bits, the lower the PSNR."""
+    model = comfy.sd.load_diffusion_model_state_dict(toys.mmdit(depth=4))
+    original = {"samples": sample(model)}
+    found = []
+    for recipe in ("flash-16", "flash-8", "Q5_0", "Q4_0"):
+        path, _, _ = write(model, recipe)
+        other = {"samples": sample(loading.load_diffusion_model(path))}
+        found.append(comparing.compare(original, other, vae))
+    for values in ([each.latents[0] for each in found], [each.pictures[0] for each in found]):
+        assert sorted(values, reverse=True) == values and len(set(values)) == len(values)
