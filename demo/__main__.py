@@ -1,4 +1,4 @@
-"""Make the model that ships, and measure it: `python -m demo train | export | score`."""
+"""Make the model that ships, and measure it: `python -m demo train | export | score | quantise`."""
 
 import argparse
 import logging
@@ -16,7 +16,10 @@ def parse_arguments() -> argparse.Namespace:
     train = commands.add_parser("train", help="train VAE and flow model, then write the GGUF files")
     export = commands.add_parser("export", help="write the GGUF files from what is trained so far")
     score = commands.add_parser("score", help="draw captions kept from training, and score them")
-    for command in (train, export, score):
+    quantise = commands.add_parser(
+        "quantise", help="the model at 16, 8, 6 and 4 bits: docs/quantised.md and its picture"
+    )
+    for command in (train, export, score, quantise):
         command.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
         command.add_argument("--threads", type=int, default=0, help="CPU threads; default all")
         command.add_argument("--models", type=Path, help="folder of the GGUF files")
@@ -39,12 +42,17 @@ def parse_arguments() -> argparse.Namespace:
     score.add_argument(
         "--sheet", type=Path, help="PNG to draw the first pictures of each kind into"
     )
+    quantise.add_argument("--captions", type=int, default=200, help="of each kind; default 200")
+    quantise.add_argument("--docs", default=run.ROOT / "docs", type=Path, help="folder to write to")
     return parser.parse_args()
 
 
 def prepare(options: argparse.Namespace) -> None:
     """Make ComfyUI importable; whether it may look for a GPU must be told before its import."""
+    from fewstep.tests.comfy_host import add_stand_ins
+
     sys.path.insert(0, str(run.comfyui_folder()))
+    add_stand_ins(cpu=options.device == "cpu")
     import torch
     from comfy.cli_args import args
 

@@ -1,13 +1,15 @@
 """What `python -m demo` does once ComfyUI is importable; see `__main__` for the options."""
 
+import tempfile
 from argparse import Namespace
 from functools import partial
+from pathlib import Path
 
 from PIL import Image
 
 from ..distill.teacher import TeacherConfig
 from ..flow import uniform
-from . import recipe
+from . import ladder, recipe
 from .evaluate import contact_sheet, draw_pictures, score_captions
 from .export import PRESET
 from .export import export as write_files
@@ -54,3 +56,15 @@ def score(options: Namespace) -> None:
         print(f"{kind:7} {options.captions} captions, {options.steps} steps: {parts}", flush=True)
     if options.sheet:
         Image.fromarray(contact_sheet(shown)).save(options.sheet)
+
+
+def quantise(options: Namespace) -> None:
+    """Write docs/quantised.md and its picture: the shipped model at 16, 8, 6 and 4 bits."""
+    options.docs.mkdir(parents=True, exist_ok=True)
+    picture = options.docs / "quantised.png"
+    with tempfile.TemporaryDirectory() as folder:
+        rungs, original = ladder.climb(options.models or MODELS, Path(folder), options.captions)
+    Image.fromarray(ladder.sheet(original, rungs)).save(picture, optimize=True)
+    text = ladder.page(rungs, options.captions, picture.name)
+    (options.docs / "quantised.md").write_text(text, encoding="utf-8")
+    print(text)

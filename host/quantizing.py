@@ -46,7 +46,9 @@ def quantize_model(
     if room:
         check_destination(plan, destination, size=0)
         plan = fit(plan, room(plan), weighing, progress)
-    return convert(plan, destination, options=Options(progress=progress, importance=weighing))
+    report = convert(plan, destination, options=Options(progress=progress, importance=weighing))
+    report.title = report.title.replace(str(destination), in_output(destination))
+    return report
 
 
 def _progress():

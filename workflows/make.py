@@ -90,6 +90,18 @@ Type the noise levels into `sigmas`, from 1 (pure noise) down to 0 (the picture)
 The files come with FewStep. Press **Run**.
 """
 
+QUANTIZE_NOTE = """\
+## Make a model smaller
+**FewStep Inspect** tells what a file takes here. **FewStep Quantize** writes the MODEL with its \
+LoRAs as a GGUF file into `output/diffusion_models` and shows what that cost. Press **R**, and \
+the loader offers it.
+
+**FewStep Importance** is optional: each picture drawn adds to its file. Draw a dozen, press \
+**R**, and choose the file as `importance`.
+
+The files come with FewStep. Press **Run**. For your own model take its 16-bit file.
+"""
+
 
 def node(name, type, inputs=(), size=(270, 0), title=None, **widgets):
     """One node. `inputs`: {input: "node.OUTPUT"}; `size`: at least so many pixels."""
@@ -175,6 +187,16 @@ SAMPLE = node(
     },
     (220, 0),
 )
+INSPECT = node(
+    "inspect",
+    "FewStepInspect",
+    size=(480, 420),  # with room for the report
+    file="diffusion_models/fewstep-demo.gguf",
+    width=128,
+    height=128,
+)
+QUANTIZE = node("write", "FewStepQuantize", {"model": "model.MODEL"}, (480, 760), recipe="flash-4")
+WATCH = node("watch", "FewStepImportance", {"model": "model.MODEL"})
 
 # name -> columns from left to right, each a list of groups from the top down
 WORKFLOWS = {
@@ -210,6 +232,15 @@ WORKFLOWS = {
         [group("4. Draw", SAMPLE, decode("draw.output"))],
         [save("FewStep-schedule")],
     ],
+    "quantize": [
+        [note(QUANTIZE_NOTE, 400)],
+        [load(*DEMO)],
+        [group("Will it fit?", INSPECT), group("Write it smaller", QUANTIZE)],
+        [describe(DEMO_PROMPT, 128)],
+        [group("Watch it draw", WATCH), draw("watch.MODEL")],
+        [group(None, decode("draw.LATENT"))],
+        [save("FewStep-quantize")],
+    ],
 }
 
 
@@ -239,6 +270,9 @@ def make_thumbnails(host):
         for prompt in thumbnails.DEMO_PROMPTS
     ]
     pictures = {"demo": thumbnails.demo(drawn), **thumbnails.schedules(TYPED_SIGMAS)}
+    pictures["quantize"] = thumbnails.bits(
+        "Quantize", "a MODEL and its LoRAs into a GGUF", thumbnails.DEMO_PROMPTS[2]
+    )
     for name, picture in pictures.items():
         picture.save(FOLDER / f"{name}.jpg", quality=88)
 

@@ -30,18 +30,34 @@ def demo(png_files):
 
 def schedule(title, subtitle, scene, sigmas):
     """Title, subtitle, and the captioned scene at each of `sigmas` (n,), falling to 0."""
-    card = Image.new("RGB", (SIDE, SIDE), DARK)
-    pen = ImageDraw.Draw(card)
+    rng = np.random.default_rng(0)
+    picture = drawn(scene, rng)
+    noise = rng.standard_normal(picture.shape) * 0.3 + 0.5
+    tiles = [(1 - sigma) * picture + sigma * noise for sigma in sigmas.tolist()]
+    return card(title, subtitle, tiles)
+
+
+def bits(title, subtitle, scene):
+    """Title, subtitle, and the captioned scene, shaded, in ever fewer bits a colour."""
+    picture = drawn(scene, np.random.default_rng(0))
+    shade = np.linspace(0.35, 1, len(picture))[:, None, None]
+    tiles = [np.round(picture * shade * (2**n - 1)) / (2**n - 1) for n in (16, 8, 6, 4, 3, 2)]
+    return card(title, subtitle, tiles)
+
+
+def drawn(scene, rng):
+    """(128, 128, 3) in [0, 1]"""
+    return draw([parse_caption(scene)], rng)[0].permute(1, 2, 0).numpy()
+
+
+def card(title, subtitle, tiles):
+    """A card of pictures (h, w, 3) in [0, 1] under two lines of text."""
+    picture = Image.new("RGB", (SIDE, SIDE), DARK)
+    pen = ImageDraw.Draw(picture)
     pen.text((24, 20), title, fill=LIGHT, font=ImageFont.load_default(44))
     pen.text((24, 78), subtitle, fill=DIM, font=ImageFont.load_default(22))
-    rng = np.random.default_rng(0)
-    picture = draw([parse_caption(scene)], rng)[0].permute(1, 2, 0).numpy()
-    noise = rng.standard_normal(picture.shape) * 0.3 + 0.5
-    tiles = []
-    for sigma in sigmas.tolist():
-        pixels = 255 * ((1 - sigma) * picture + sigma * noise).clip(0, 1)
-        tiles.append(Image.fromarray(pixels.astype(np.uint8)))
-    return arrange(card, tiles, columns=3, top=124)
+    tiles = [Image.fromarray((255 * tile.clip(0, 1)).astype(np.uint8)) for tile in tiles]
+    return arrange(picture, tiles, columns=3, top=124)
 
 
 def arrange(card, tiles, columns, top):

@@ -28,7 +28,18 @@ def test_trains_exports_and_scores(tmp_path):
     assert sheet.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.timeout(900)
+def test_quantises_scores_and_pictures_the_shipped_model(tmp_path):
+    done = demo("quantise", "--captions", 1, "--docs", tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "quantised.md").read_text("utf-8")
+    for recipe in ("flash-16", "flash-8", "flash-6", "flash-4"):
+        assert f"| {recipe} |" in page and f"```\n{recipe}: " in page
+    assert "(quantised.png)" in page and page.strip() == done.stdout.strip()
+    assert (tmp_path / "quantised.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_names_what_it_can_do():
     done = demo("--help")
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("train", "export", "score"))
+    assert all(command in done.stdout for command in ("train", "export", "score", "quantise"))

@@ -68,6 +68,7 @@ def test_writes_every_weight_and_the_host_loads_it_back(model):
     again = loading.load_diffusion_model(path)
     assert torch.equal(sample(again), sample(model))
     assert set(GGUFFile(path).tensors) == set(toys.mmdit())
+    assert text.startswith("diffusion_models/m-F32_00001_.gguf: Stable Diffusion 3 and 3.5 by F32")
     assert "F32" in text and plot.shape == (1, 640, 1200, 3) and 0 <= plot.min() < plot.max() <= 1
 
 

@@ -2,6 +2,7 @@
 import { app } from "../../../scripts/app.js";
 import { ComfyWidgets } from "../../../scripts/widgets.js";
 
+const ROOM = [480, 220]; // pixels: the node's width at least, and what the report gets
 const NODES = ["FewStepQuantize", "FewStepInspect", "FewStepCompare"];
 
 function reportWidget(node) {
@@ -13,6 +14,8 @@ function reportWidget(node) {
   widget.element.readOnly = true;
   widget.element.style.fontFamily = "monospace";
   widget.element.style.whiteSpace = "pre";
+  const height = node.computeSize()[1] + ROOM[1];
+  node.setSize([Math.max(node.size[0], ROOM[0]), Math.max(node.size[1], height)]);
   return widget;
 }
 
