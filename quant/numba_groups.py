@@ -1,35 +1,41 @@
 """Kernels over groups of weights: their importance, the searches, and the scales of scales.
 
-`x` and `w` are (groups, size) float32, a row a group, except that `weigh` takes super-blocks; what
-comes out has a number for each group, and codes (groups, size) uint8. Each kernel is compiled by
-itself, once for all types: nested in the types' own, LLVM would take a minute for each.
+`x` and `w` are groups · size float32, flattened, a row a group; what comes out has a number for
+each group. Codes are uint8, sixteen groups side by side: weight i of group g is
+`codes[g // 16 · size · 16 + i · 16 + g % 16]`, so the last sixteen are always whole. Each kernel is
+compiled by itself, once for all types.
 """
 
 import numpy as np
 
-from .numba_jit import LANES, ZERO, f4, i4, jit, nearest_int
+from .numba_jit import ZERO, f4, i4, jit, nearest_int
 from .numba_search import (
-    LOW,
-    SCALE,
-    SCRATCH,
     make_q3_quants,
     make_qkx_quants,
     make_qp_quants,
     make_qx_quants,
     to_lanes,
 )
+from .numba_vector import LANES, load, root, splat, store
 
 
 @jit
-def weigh(x, w, factor, share, out):
-    """out = w·sqrt(sigma2 + x²), sigma2 = factor · sum of the row's x² · share."""
-    for b in range(len(x)):
-        total = ZERO
-        for v in x[b]:
+def weigh(x, w, size, factor, share, out):
+    """out = w·sqrt(sigma2 + x²), sigma2 = factor · sum of a super-block's x² · share."""
+    lanes = np.empty(size * LANES, np.float32)
+    sums = np.empty(LANES, np.float32)
+    for first in range(0, len(x) // size, LANES):
+        to_lanes(x, size, first, lanes)
+        total = splat(ZERO)
+        for i in range(size):
+            v = load(lanes, i * LANES)
             total += v * v
-        sigma2 = f4(factor) * total * f4(share)
-        for i in range(x.shape[1]):
-            out[b, i] = w[b, i] * np.sqrt(sigma2 + x[b, i] * x[b, i])
+        store(sums, 0, total)
+        for j in range(min(LANES, len(x) // size - first)):
+            sigma2 = f4(factor) * sums[j] * f4(share)
+            for i in range((first + j) * size, (first + j + 1) * size, LANES):
+                v = load(x, i)
+                store(out, i, load(w, i) * root(sigma2 + v * v))
 
 
 @jit
@@ -46,87 +52,89 @@ def weigh_rows(x, importance, out):
 
 
 @jit
-def weigh_by_size(x, out):
-    """out = root mean square of the group's 32 weights + |x|"""
-    for b in range(len(x)):
-        total = ZERO
-        for v in x[b]:
-            total += v * v
-        mean = np.sqrt(total / f4(32))
-        for i in range(32):
-            out[b, i] = mean + abs(x[b, i])
+def sum_groups(w, size, sums):
+    lanes, total = np.empty(size * LANES, np.float32), np.empty(LANES, np.float32)
+    for first in range(0, len(sums), LANES):
+        to_lanes(w, size, first, lanes)
+        found = splat(ZERO)
+        for i in range(size):
+            found += load(lanes, i * LANES)
+        store(total, 0, found)
+        for j in range(min(LANES, len(sums) - first)):
+            sums[first + j] = total[j]
 
 
 @jit
-def sum_groups(w, sums):
-    for b in range(len(w)):
-        total = ZERO
-        for v in w[b]:
-            total += v
-        sums[b] = total
+def search_ranges(x, w, size, nmax, grid, use_mad, scales, mins, codes):
+    """`make_qkx_quants` for all groups; mins are to be subtracted.
 
-
-@jit
-def search_ranges(x, w, nmax, grid, use_mad, scales, mins, codes):
-    """`make_qkx_quants` for all groups; mins are to be subtracted."""
-    size = x.shape[1]
+    Empty `w`: |x| if use_mad (Q2_K), else |x| and the group's root mean square (Q4_K, Q5_K).
+    """
     xl, wl, value = np.empty((3, size * LANES), np.float32)
-    s, found = np.empty(SCRATCH, np.float32), np.empty(size * LANES, np.uint8)
-    for first in range(0, len(x), LANES):
-        to_lanes(x, first, xl)
-        to_lanes(w, first, wl)
-        make_qkx_quants(xl, wl, size, nmax, grid, use_mad, s, value, found)
-        for j in range(min(LANES, len(x) - first)):
-            scales[first + j], mins[first + j] = s[SCALE + j], -s[LOW + j]
+    found, lows = np.empty((2, LANES), np.float32)
+    for first in range(0, len(scales), LANES):
+        to_lanes(x, size, first, xl)
+        if len(w):
+            to_lanes(w, size, first, wl)
+        else:
+            mean = splat(ZERO)
+            if not use_mad:
+                for i in range(size):
+                    v = load(xl, i * LANES)
+                    mean += v * v
+                mean = root(mean / f4(size))
             for i in range(size):
-                codes[first + j, i] = found[i * LANES + j]
+                store(wl, i * LANES, mean + abs(load(xl, i * LANES)))
+        scale, low = make_qkx_quants(xl, wl, size, nmax, grid, use_mad, value, codes, first * size)
+        store(found, 0, scale)
+        store(lows, 0, -low)
+        for j in range(min(LANES, len(scales) - first)):
+            scales[first + j], mins[first + j] = found[j], lows[j]
 
 
 @jit
-def search_symmetric(x, w, nmax, scales, codes):
-    """`make_qx_quants` for all groups."""
-    size = x.shape[1]
+def search_symmetric(x, w, size, nmax, scales, codes):
+    """`make_qx_quants` for all groups; empty `w` for x²."""
     xl, wl = np.empty((2, size * LANES), np.float32)
-    s, found = np.empty(SCRATCH, np.float32), np.empty(size * LANES, np.uint8)
-    for first in range(0, len(x), LANES):
-        to_lanes(x, first, xl)
-        to_lanes(w, first, wl)
-        make_qx_quants(xl, wl, size, nmax, s, found)
-        for j in range(min(LANES, len(x) - first)):
-            scales[first + j] = s[SCALE + j]
-            for i in range(size):
-                codes[first + j, i] = found[i * LANES + j]
+    found = np.empty(LANES, np.float32)
+    for first in range(0, len(scales), LANES):
+        to_lanes(x, size, first, xl)
+        if len(w):
+            to_lanes(w, size, first, wl)
+        else:
+            for i in range(0, size * LANES, LANES):
+                store(wl, i, load(xl, i) * load(xl, i))
+        store(found, 0, make_qx_quants(xl, wl, size, nmax, codes, first * size))
+        for j in range(min(LANES, len(scales) - first)):
+            scales[first + j] = found[j]
 
 
 @jit
-def search_by_moving(x, nmax, scales, codes):
+def search_by_moving(x, size, nmax, scales, codes):
     """`make_q3_quants` for all groups."""
-    size = x.shape[1]
     xl, value = np.empty((2, size * LANES), np.float32)
-    s, found = np.empty(SCRATCH, np.float32), np.empty(size * LANES, np.uint8)
-    for first in range(0, len(x), LANES):
-        to_lanes(x, first, xl)
-        make_q3_quants(xl, size, nmax, s, value, found)
-        for j in range(min(LANES, len(x) - first)):
-            scales[first + j] = s[SCALE + j]
-            for i in range(size):
-                codes[first + j, i] = found[i * LANES + j]
+    found = np.empty(LANES, np.float32)
+    for first in range(0, len(scales), LANES):
+        to_lanes(x, size, first, xl)
+        store(found, 0, make_q3_quants(xl, size, nmax, value, codes, first * size))
+        for j in range(min(LANES, len(scales) - first)):
+            scales[first + j] = found[j]
 
 
 @jit
 def search_fractions(values, w, steps, d, codes):
-    """`make_qp_quants` for all groups; codes are int32."""
-    size = values.shape[1]
-    xl, wl = np.empty((2, size * LANES), np.float32)
-    s, found = np.empty(SCRATCH, np.float32), np.empty(size * LANES, np.int32)
+    """`make_qp_quants` for all groups: values and w (n, size), codes like them, int32."""
+    size, flat, weights = values.shape[1], values.reshape(-1), w.reshape(-1)
+    xl, wl, value = np.empty((3, size * LANES), np.float32)
+    found = np.empty(LANES, np.float32)
     for first in range(0, len(values), LANES):
-        to_lanes(values, first, xl)
-        to_lanes(w, first, wl)
-        make_qp_quants(xl, wl, size, steps, s, found)
+        to_lanes(flat, size, first, xl)
+        to_lanes(weights, size, first, wl)
+        store(found, 0, make_qp_quants(xl, wl, size, steps, value))
         for j in range(min(LANES, len(values) - first)):
-            d[first + j] = s[SCALE + j]
+            d[first + j] = found[j]
             for i in range(size):
-                codes[first + j, i] = found[i * LANES + j]
+                codes[first + j, i] = i4(value[i * LANES + j])
 
 
 @jit

@@ -1,9 +1,8 @@
 """What the CPU's quantising kernels are compiled with and made of: C's arithmetic in numba.
 
 ggml sums a group of weights in order, so a group cannot be spread over a vector's lanes. Sixteen
-groups can: the kernels' inner loops run over groups, which LLVM turns into vectors, and each lane
-adds in ggml's order. fastmath stays off, so that no product is fused with a sum. Numbers of 32 bits
-are cast as such, or numba would compute in 64.
+groups can (`numba_vector.py`): each lane adds in ggml's order. fastmath stays off, so that no
+product is fused with a sum. Numbers of 32 bits are cast as such, or numba would compute in 64.
 """
 
 import hashlib
@@ -14,9 +13,9 @@ import numba
 import numpy as np
 
 f4, i4, u1 = np.float32, np.int32, np.uint8
-LANES = 16
 ZERO, ONE = f4(0.0), f4(1.0)
-_MAGIC, _TOO_LARGE, _HALF = f4(12582912.0), f4(2147483648.0), f4(0.5)
+TOO_LARGE = f4(2147483648.0)  # for int32
+_MAGIC, _HALF = f4(12582912.0), f4(0.5)
 
 # numba's cache notices when a kernel's own file changes, but not the files of what it calls, so an
 # update could leave old code in use; nor that the pack goes by another name (ComfyUI's and the
@@ -39,12 +38,6 @@ def jit(function: Callable) -> Callable:
 @jit
 def nearest_int(v):
     return i4((f4(v + _MAGIC).view(i4) & i4(0x007FFFFF)) - i4(0x00400000))
-
-
-@jit
-def truncate(v):
-    """As `rounding.truncate`."""
-    return i4(v) if abs(v) < _TOO_LARGE else i4(0)
 
 
 @jit

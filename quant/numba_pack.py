@@ -1,75 +1,100 @@
 """Kernels that quantise the scales found, fit the codes to them, and write a K-quant's bytes.
 
-`x` is (n, 256) float32 and `codes`, the searched ones, uint8 like it; they are overwritten. `d` and
-`dmin` are (n,), `sc` and `m` (n, sub-blocks) int32, `out` (n, type_size). Layouts are in `k.py`.
+`x` is n · 256 float32, flattened; `codes` are the searched ones as `numba_groups` leaves them. `d`
+and `dmin` are (n,), `sc` and `m` (n, sub-blocks) int32, `out` (n, type_size). Layouts: `k.py`.
 """
 
+import numpy as np
+
 from .numba_jit import ZERO, f4, i4, jit, nearest_int, store_half, u1
+from .numba_vector import LANES, greater, helper, lesser, load, load_bytes, nearest, store_bytes
 from .search import MAX_EPS
 
 _EPS = f4(MAX_EPS)
 
 
-@jit
-def requantize(x, d, dm, low, high, codes):
-    """Codes of a sub-block for its quantised scale and minimum; they stay where d is zero."""
+@helper
+def searched(codes, size, group, q, at):
+    """q[at :] = the codes of one group."""
+    first = group // LANES * size * LANES + group % LANES
+    for i in range(size):
+        q[at + i] = codes[first + i * LANES]
+
+
+@helper
+def requantize(x, codes, size, group, d, dm, low, high, q):
+    """Codes of a sub-block for its quantised scale and minimum; those searched if d is zero."""
+    first = group * size
+    at = first % 256
     if d == ZERO:
+        searched(codes, size, group, q, at)
         return
-    for i in range(len(x)):
-        code = nearest_int((x[i] + dm) / d)
-        codes[i] = u1(min(max(code, i4(low)), i4(high)) - low)
+    for i in range(0, size, LANES):
+        code = nearest((load(x, first + i) + dm) / d)
+        store_bytes(q, at + i, lesser(greater(code, low), high) - low)
 
 
-@jit
+@helper
 def pack_2_bits(codes, out):
-    """256 codes -> 64 bytes."""
+    """256 codes, of which the low two bits count -> 64 bytes."""
     for h in range(2):
-        for i in range(32):
-            k = h * 128 + i
-            low = (codes[k] & 3) | ((codes[k + 32] & 3) << 2)
-            out[h * 32 + i] = u1(low | ((codes[k + 64] & 3) << 4) | ((codes[k + 96] & 3) << 6))
+        for i in range(0, 32, LANES):
+            k, packed = h * 128 + i, load_bytes(codes, h * 128 + i) & 3
+            for part in range(1, 4):
+                packed |= (load_bytes(codes, k + 32 * part) & 3) << 2 * part
+            store_bytes(out, h * 32 + i, packed)
 
 
-@jit
+@helper
 def pack_high_bits(codes, shift, out):
     """256 codes -> 32 bytes: bit j of byte i belongs to weight 32j + i."""
-    for i in range(32):
-        byte = 0
-        for j in range(8):
-            byte |= ((codes[32 * j + i] >> shift) & 1) << j
-        out[i] = u1(byte)
+    for i in range(0, 32, LANES):
+        packed = (load_bytes(codes, i) >> shift) & 1
+        for j in range(1, 8):
+            packed |= ((load_bytes(codes, 32 * j + i) >> shift) & 1) << j
+        store_bytes(out, i, packed)
+
+
+@helper
+def pack_low_nibbles(codes, distance, out):
+    """256 codes -> 128 bytes: the low nibbles of runs of `distance`, two runs in each byte."""
+    for k in range(0, 128, LANES):
+        place = k // distance * distance + k
+        low, high = load_bytes(codes, place) & 15, load_bytes(codes, place + distance) & 15
+        store_bytes(out, k, low | (high << 4))
 
 
 @jit
 def pack_q2_k(x, d, dmin, sc, m, codes, out):
-    for b in range(len(x)):
-        block, q = out[b], codes[b]
+    q = np.empty(256, np.uint8)
+    for b in range(len(out)):
+        block = out[b]
         scale, low = store_half(block, 80, d[b]), store_half(block, 82, dmin[b])
         for i in range(16):
             byte = (sc[b, i] | (m[b, i] << 4)) & 0xFF
             block[i] = u1(byte)
-            part = slice(i * 16, i * 16 + 16)
-            requantize(x[b, part], scale * f4(byte & 15), low * f4(byte >> 4), 0, 3, q[part])
+            dl, ml = scale * f4(byte & 15), low * f4(byte >> 4)
+            requantize(x, codes, 16, b * 16 + i, dl, ml, 0, 3, q)
         pack_2_bits(q, block[16:80])
 
 
 @jit
 def pack_q3_k(x, d, sc, codes, out):
-    for b in range(len(x)):
-        block, q = out[b], codes[b]
+    q = np.empty(256, np.uint8)
+    for b in range(len(out)):
+        block = out[b]
         scale = store_half(block, 108, d[b])
         block[96:108] = u1(0)
         for i in range(16):
             code = sc[b, i]
             block[96 + i % 8] |= u1((code & 15) << (4 * (i // 8)))
             block[104 + i % 4] |= u1((code >> 4) << (2 * (i // 4)))
-            part = slice(i * 16, i * 16 + 16)
-            requantize(x[b, part], scale * f4(code - 32), ZERO, -4, 3, q[part])
+            requantize(x, codes, 16, b * 16 + i, scale * f4(code - 32), ZERO, -4, 3, q)
         pack_high_bits(q, 2, block[:32])
         pack_2_bits(q, block[32:96])
 
 
-@jit
+@helper
 def store_scale_min(block, sc, m):
     """Eight scales and minima -> bytes 4 … 15."""
     for i in range(4):
@@ -78,7 +103,7 @@ def store_scale_min(block, sc, m):
         block[12 + i] = u1((sc[i + 4] & 15) | ((m[i + 4] & 15) << 4))
 
 
-@jit
+@helper
 def load_scale_min(block, i):
     """The inverse, for sub-block i."""
     if i < 4:
@@ -90,43 +115,37 @@ def load_scale_min(block, i):
 @jit
 def pack_q4_or_q5_k(x, d, dmin, sc, m, codes, out):
     """Both have the same first 16 bytes; Q5_K (176 bytes) then has 32 of high bits."""
-    five_bits = out.shape[1] == 176
-    for b in range(len(x)):
-        block, q = out[b], codes[b]
+    five_bits, q = out.shape[1] == 176, np.empty(256, np.uint8)
+    nmax = 31 if five_bits else 15
+    for b in range(len(out)):
+        block = out[b]
         scale, low = store_half(block, 0, d[b]), store_half(block, 2, dmin[b])
         store_scale_min(block, sc[b], m[b])
         for i in range(8):
             dl, ml = load_scale_min(block, i)
-            part = slice(i * 32, i * 32 + 32)
-            nmax = 31 if five_bits else 15
-            requantize(x[b, part], scale * f4(dl), low * f4(ml), 0, nmax, q[part])
+            requantize(x, codes, 32, b * 8 + i, scale * f4(dl), low * f4(ml), 0, nmax, q)
         if five_bits:
             pack_high_bits(q, 4, block[16:48])
-        qs = block[len(block) - 128 :]
-        for h in range(4):
-            for i in range(32):
-                k = h * 64 + i
-                qs[h * 32 + i] = u1((q[k] & 15) | ((q[k + 32] & 15) << 4))
+        pack_low_nibbles(q, 32, block[len(block) - 128 :])
 
 
-@jit
+@helper
 def pack_6_bits(q, block):
+    pack_low_nibbles(q, 64, block[:128])
     for h in range(2):
-        for i in range(64):
-            k = h * 128 + i
-            block[h * 64 + i] = u1((q[k] & 15) | ((q[k + 64] & 15) << 4))
-        for i in range(32):
-            k = h * 128 + i
-            low = (q[k] >> 4) | ((q[k + 32] >> 4) << 2)
-            high = ((q[k + 64] >> 4) << 4) | ((q[k + 96] >> 4) << 6)
-            block[128 + h * 32 + i] = u1(low | high)
+        for i in range(0, 32, LANES):
+            k, packed = h * 128 + i, load_bytes(q, h * 128 + i) >> 4
+            for part in range(1, 4):
+                packed |= (load_bytes(q, k + 32 * part) >> 4) << 2 * part
+            store_bytes(block, 128 + h * 32 + i, packed)
 
 
 @jit
 def pack_q6_k(x, scales, codes, out):
     """scales: (n, 16) float32, not yet quantised."""
-    for b in range(len(x)):
-        block, q = out[b], codes[b]
+    q = np.empty(256, np.uint8)
+    for b in range(len(out)):
+        block = out[b]
         largest = ZERO
         for v in scales[b]:
             largest = v if abs(v) > abs(largest) else largest
@@ -138,7 +157,6 @@ def pack_q6_k(x, scales, codes, out):
         for i in range(16):
             code = min(nearest_int(inv * scales[b, i]), i4(127)) & 0xFF
             block[192 + i] = u1(code)
-            part = slice(i * 16, i * 16 + 16)
             signed = code - 256 if code > 127 else code
-            requantize(x[b, part], scale * f4(signed), ZERO, -32, 31, q[part])
+            requantize(x, codes, 16, b * 16 + i, scale * f4(signed), ZERO, -32, 31, q)
         pack_6_bits(q, block)

@@ -16,7 +16,8 @@ from numpy import ndarray as Array
 from torch import Tensor
 
 from . import numba_groups as groups
-from . import numba_iq4, numba_pack, numba_small
+from . import numba_iq4, numba_pack, numba_small, numba_ternary
+from .numba_vector import LANES
 
 _STEP = 2**16  # weights at a time in a thread: with their importance and codes they stay in cache
 _LEAST = 2**14  # weights that are worth a thread
@@ -28,34 +29,41 @@ def _floats(*shape: int) -> Array:
     return np.empty(shape, np.float32)
 
 
+def _codes(groups: int, size: int) -> Array:
+    """As `numba_groups` lays them out."""
+    return np.empty(-(-groups // LANES) * LANES * size, np.uint8)
+
+
 def _weigh(x: Array, w: Array, factor: float, share: float) -> Array:
-    out = np.empty_like(x)
-    groups.weigh(x, w, factor, share, out)
+    """Flattened."""
+    out = _floats(x.size)
+    groups.weigh(x.reshape(-1), w.reshape(-1), x.shape[1], factor, share, out)
     return out
 
 
 def _symmetric(nmax: int, x: Array, w: Array | None, out: Array) -> None:
     if w is None:
-        numba_small.quantize_symmetric(x, nmax, out)
+        numba_small.quantize_symmetric(x.reshape(-1), nmax, out)
         return
-    d, codes = _floats(len(x)), np.empty(x.shape, np.uint8)
-    groups.search_symmetric(x, w, nmax, d, codes)
+    d, codes = _floats(len(x)), _codes(len(x), 32)
+    groups.search_symmetric(x.reshape(-1), w.reshape(-1), 32, nmax, d, codes)
     numba_small.pack_found(d, _NONE, codes, out)
 
 
 def _with_minimum(nmax: int, x: Array, w: Array | None, out: Array) -> None:
     if w is None:
-        numba_small.quantize_with_minimum(x, nmax, out)
+        numba_small.quantize_with_minimum(x.reshape(-1), nmax, out)
         return
-    (d, mins), codes = _floats(2, len(x)), np.empty(x.shape, np.uint8)
-    groups.search_ranges(x, w, nmax, _IMPORTANCE_GRID, False, d, mins, codes)
+    (d, mins), codes = _floats(2, len(x)), _codes(len(x), 32)
+    flat = (x.reshape(-1), w.reshape(-1), 32)
+    groups.search_ranges(*flat, nmax, _IMPORTANCE_GRID, False, d, mins, codes)
     numba_small.pack_found(d, mins, codes, out)
 
 
 def _unweighted(
     kernel: Callable[[Array, Array], None], x: Array, w: Array | None, out: Array
 ) -> None:
-    kernel(x, out)
+    kernel(x.reshape(-1), out)
 
 
 def _fractions(values: Array, sums: Array | None, steps: int) -> tuple[Array, Array]:
@@ -71,81 +79,70 @@ def _fractions(values: Array, sums: Array | None, steps: int) -> tuple[Array, Ar
 def _sums(weights: Array, size: int) -> Array:
     """(n, sub-blocks): the sum of each sub-block's weights."""
     sums = _floats(weights.size // size)
-    groups.sum_groups(weights.reshape(-1, size), sums)
-    return sums.reshape(len(weights), -1)
+    groups.sum_groups(weights, size, sums)
+    return sums.reshape(-1, 256 // size)
 
 
 def _q2_k(x: Array, w: Array | None, out: Array) -> None:
-    scales, mins = _floats(2, len(x), 16)
-    found, codes = (scales.reshape(-1), mins.reshape(-1)), np.empty(x.shape, np.uint8)
-    weights = np.abs(x) if w is None else _weigh(x, w, 1.0, 1 / 256)
+    (scales, mins), flat = _floats(2, len(x), 16), x.reshape(-1)
+    weights = _NONE if w is None else _weigh(x, w, 1.0, 1 / 256)
     grid = (-0.5, 0.1, 15) if w is None else _IMPORTANCE_GRID
-    groups.search_ranges(
-        x.reshape(-1, 16),
-        weights.reshape(-1, 16),
-        3,
-        grid,
-        w is None,
-        *found,
-        codes.reshape(-1, 16),
-    )
+    codes = _codes(scales.size, 16)
+    found = (scales.reshape(-1), mins.reshape(-1), codes)
+    groups.search_ranges(flat, weights, 16, 3, grid, w is None, *found)
     sums = None if w is None else _sums(weights, 16)
     (d, sc), (dmin, m) = _fractions(scales, sums, 15), _fractions(mins, sums, 15)
-    numba_pack.pack_q2_k(x, d, dmin, sc, m, codes, out)
+    numba_pack.pack_q2_k(flat, d, dmin, sc, m, codes, out)
 
 
 def _q3_k(x: Array, w: Array | None, out: Array) -> None:
-    scales, codes = _floats(len(x), 16), np.empty(x.shape, np.uint8)
-    columns, found = x.reshape(-1, 16), (scales.reshape(-1), codes.reshape(-1, 16))
-    d = _floats(len(x))
+    scales, d, flat = _floats(len(x), 16), _floats(len(x)), x.reshape(-1)
+    codes = _codes(scales.size, 16)
+    found = (scales.reshape(-1), codes)
     if w is None:
-        groups.search_by_moving(columns, 4, *found)
+        groups.search_by_moving(flat, 16, 4, *found)
         sc = np.empty(scales.shape, np.int32)
         groups.signed_fractions(scales, d, sc)
     else:
         weights = _weigh(x, w, 2.0, 1 / 256)
-        groups.search_symmetric(columns, weights.reshape(-1, 16), 4, *found)
-        sc = np.empty(scales.shape, np.uint8)
-        groups.search_symmetric(scales, _sums(weights, 16), 32, d, sc)
-    numba_pack.pack_q3_k(x, d, sc.astype(np.int32), codes, out)
+        groups.search_symmetric(flat, weights, 16, 4, *found)
+        sums, scale_codes = _sums(weights, 16).reshape(-1), _codes(len(x), 16)
+        groups.search_symmetric(scales.reshape(-1), sums, 16, 32, d, scale_codes)
+        sc = scale_codes.reshape(-1, 16, LANES).transpose(0, 2, 1).reshape(-1, 16)
+        sc = sc[: len(x)].astype(np.int32)
+    numba_pack.pack_q3_k(flat, d, sc, codes, out)
 
 
 def _q4_or_q5_k(
     nmax: int, grid: tuple[float, float, int], x: Array, w: Array | None, out: Array
 ) -> None:
-    scales, mins = _floats(2, len(x), 8)
-    found, codes = (scales.reshape(-1), mins.reshape(-1)), np.empty(x.shape, np.uint8)
-    columns = x.reshape(-1, 32)
-    if w is None:
-        weights = np.empty_like(columns)
-        groups.weigh_by_size(columns, weights)
-    else:
+    (scales, mins), flat = _floats(2, len(x), 8), x.reshape(-1)
+    weights, codes = _NONE, _codes(scales.size, 32)
+    if w is not None:
         weights, grid = _weigh(x, w, 2.0, 1 / 256), _IMPORTANCE_GRID
-    groups.search_ranges(
-        columns, weights.reshape(-1, 32), nmax, grid, False, *found, codes.reshape(-1, 32)
-    )
+    found = (scales.reshape(-1), mins.reshape(-1), codes)
+    groups.search_ranges(flat, weights, 32, nmax, grid, False, *found)
     sums = None if w is None else _sums(weights, 32)
     (d, sc), (dmin, m) = _fractions(scales, sums, 63), _fractions(mins, sums, 63)
     if w is None or nmax == 31:
         sc, m = np.minimum(sc & 0xFF, 63), np.minimum(m & 0xFF, 63)
-    numba_pack.pack_q4_or_q5_k(x, d, dmin, sc, m, codes, out)
+    numba_pack.pack_q4_or_q5_k(flat, d, dmin, sc, m, codes, out)
 
 
 def _q6_k(x: Array, w: Array | None, out: Array) -> None:
-    scales, codes = _floats(len(x), 16), np.empty(x.shape, np.uint8)
-    weights = x * x if w is None else w
-    found = (scales.reshape(-1), codes.reshape(-1, 16))
-    groups.search_symmetric(x.reshape(-1, 16), weights.reshape(-1, 16), 32, *found)
-    numba_pack.pack_q6_k(x, scales, codes, out)
+    scales, flat = _floats(len(x), 16), x.reshape(-1)
+    weights, codes = _NONE if w is None else w.reshape(-1), _codes(scales.size, 16)
+    groups.search_symmetric(flat, weights, 16, 32, scales.reshape(-1), codes)
+    numba_pack.pack_q6_k(flat, scales, codes, out)
 
 
 def _iq4(
     pack: Callable[[Array, Array, Array], None], x: Array, w: Array | None, out: Array
 ) -> None:
-    weights = x * x if w is None else _weigh(x, w, 1.0, 2 / x.shape[1])
-    columns, scales = x.reshape(-1, 32), _floats(x.size // 32)
-    numba_iq4.search_levels(columns, weights.reshape(-1, 32), scales)
-    pack(columns, scales, out)
+    weights = _NONE if w is None else _weigh(x, w, 1.0, 2 / x.shape[1])
+    flat, scales = x.reshape(-1), _floats(x.size // 32)
+    numba_iq4.search_levels(flat, weights, scales)
+    pack(flat, scales, out)
 
 
 _FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
@@ -155,6 +152,9 @@ _FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
     T.Q5_1: partial(_with_minimum, 31),
     T.Q8_0: partial(_unweighted, numba_small.quantize_q8_0),
     T.MXFP4: partial(_unweighted, numba_small.quantize_mxfp4),
+    T.NVFP4: partial(_unweighted, numba_small.quantize_nvfp4),
+    T.TQ1_0: partial(_unweighted, numba_ternary.quantize_tq1_0),
+    T.TQ2_0: partial(_unweighted, numba_ternary.quantize_tq2_0),
     T.IQ4_NL: partial(_iq4, numba_iq4.pack_iq4_nl),
     T.IQ4_XS: partial(_iq4, numba_iq4.pack_iq4_xs),
     T.Q2_K: _q2_k,

@@ -1,132 +1,187 @@
 """Kernels that write blocks of 32 without a search, as `legacy.py` and `microscaling.py` do.
 
-`x` is (n, 32) float32, `out` (n, type_size) uint8. Also the packing of what a search has found.
+`x` is n · 32 float32, flattened, `out` (n, type_size) uint8. Also the packing of what a search has
+found. A block is two vectors.
 """
 
 import math
+from itertools import pairwise
 
 import numpy as np
 from gguf.quants import MXFP4
 
-from .numba_jit import ONE, ZERO, f4, i4, jit, store_half, truncate, u1
+from .numba_jit import ONE, TOO_LARGE, ZERO, f4, i4, jit, store_half, u1
+from .numba_vector import (
+    LANES,
+    biggest_lane,
+    bits_of,
+    first_of,
+    floats,
+    greater,
+    helper,
+    largest_lane,
+    lesser,
+    load,
+    load_bytes,
+    select,
+    set_lanes,
+    smallest_lane,
+    store_bytes,
+    truncated,
+)
 
+_VALUES = [float(value) for value in MXFP4.kvalues[:8]]  # E2M1's, doubled
 _E2M1 = tuple(f4(value) for value in MXFP4.kvalues)
+_EDGES = tuple(f4((a + b) / 2) for a, b in pairwise(_VALUES))
 _INF, _HALF = f4(np.inf), f4(0.5)
 
 
-@jit
-def amax_bits(x):
-    """The largest |x|; as integers, since compilers keep the order of comparisons of floats."""
-    bits, largest = x.view(np.int32), i4(0)
-    for i in range(len(bits)):
-        size = bits[i] & i4(0x7FFFFFFF)
-        largest = max(largest, size)
-    return i4(largest).view(np.float32)
+@helper
+def amax_of(a, b):
+    """The largest |x| of two vectors; as integers, whose order is that of the floats."""
+    return i4(largest_lane(greater(bits_of(abs(a)), bits_of(abs(b))))).view(np.float32)
 
 
-@jit
-def signed_amax(x):
-    amax = amax_bits(x)
-    for v in x:
-        if abs(v) == amax:
-            return v
-    return ZERO
-
-
-@jit
+@helper
 def reciprocal(d):
     return ONE / d if d != ZERO else ZERO
 
 
-@jit
-def pack_nibbles(codes, qs):
-    for i in range(16):
-        qs[i] = u1((codes[i] & 15) | ((codes[i + 16] & 15) << 4))
+@helper
+def truncate(v):
+    """int32, as `rounding.truncate`."""
+    return truncated(select(abs(v) < TOO_LARGE, v, ZERO))
 
 
-@jit
-def pack_codes(codes, qs):
-    """32 codes of four bits, or of five where there are 20 bytes for them."""
+@helper
+def pack_codes(low, high, qs):
+    """Codes of a block's halves, of four bits, or of five where there are 20 bytes for them."""
     if len(qs) == 20:
+        fifth = set_lanes((low & 16) > 0) | (set_lanes((high & 16) > 0) << 16)
         for k in range(4):
-            byte = 0
-            for i in range(8):
-                byte |= (codes[8 * k + i] >> 4) << i
-            qs[k] = u1(byte)
-    pack_nibbles(codes, qs[len(qs) - 16 :])
+            qs[k] = u1((fifth >> (8 * k)) & 0xFF)
+    store_bytes(qs, len(qs) - 16, (low & 15) | ((high & 15) << 4))
 
 
 @jit
 def quantize_symmetric(x, nmax, out):
     """Q4_0, Q5_0"""
-    codes, shift, top = np.empty(32, np.uint8), f4(nmax + 0.5), i4(2 * nmax - 1)
-    for b in range(len(x)):
-        d = signed_amax(x[b]) / f4(-nmax)
+    shift, top = f4(nmax + 0.5), i4(2 * nmax - 1)
+    for b in range(len(out)):
+        low, high = load(x, b * 32), load(x, b * 32 + LANES)
+        amax = amax_of(low, high)
+        d = x[b * 32 + first_of(abs(low) == amax, abs(high) == amax)] / f4(-nmax)
         inv_d = reciprocal(d)
         store_half(out[b], 0, d)
-        for i in range(32):
-            codes[i] = u1(min(truncate(x[b, i] * inv_d + shift), top))
-        pack_codes(codes, out[b, 2:])
+        low, high = truncate(low * inv_d + shift), truncate(high * inv_d + shift)
+        pack_codes(lesser(low, top), lesser(high, top), out[b, 2:])
 
 
 @jit
 def quantize_with_minimum(x, nmax, out):
     """Q4_1, Q5_1"""
-    codes = np.empty(32, np.uint8)
-    for b in range(len(x)):
-        low = high = x[b, 0]
-        for v in x[b]:
-            low = v if v < low else low
-            high = v if v > high else high
-        d = (high - low) / f4(nmax)
+    for b in range(len(out)):
+        low, high = load(x, b * 32), load(x, b * 32 + LANES)
+        vmin = smallest_lane(select(low < high, low, high))
+        vmin = x[b * 32 + first_of(low == vmin, high == vmin)]  # of zeros of either sign, the first
+        d = (biggest_lane(select(low > high, low, high)) - vmin) / f4(nmax)
         inv_d = reciprocal(d)
         store_half(out[b], 0, d)
-        store_half(out[b], 2, low)
-        for i in range(32):
-            codes[i] = u1(min(truncate((x[b, i] - low) * inv_d + _HALF), i4(nmax)))
-        pack_codes(codes, out[b, 4:])
+        store_half(out[b], 2, vmin)
+        low, high = truncate((low - vmin) * inv_d + _HALF), truncate((high - vmin) * inv_d + _HALF)
+        pack_codes(lesser(low, nmax), lesser(high, nmax), out[b, 4:])
 
 
 @jit
 def pack_found(d, mins, codes, out):
     """Blocks of what a search has found; `mins`, to be subtracted, may be empty."""
-    for b in range(len(codes)):
+    q = np.empty(32, np.uint8)
+    for b in range(len(out)):
         store_half(out[b], 0, d[b])
         if len(mins):
             store_half(out[b], 2, -mins[b])
-        pack_codes(codes[b], out[b, 4 if len(mins) else 2 :])
+        first = b // LANES * 32 * LANES + b % LANES
+        for i in range(32):
+            q[i] = codes[first + i * LANES]
+        low, high = load_bytes(q, 0), load_bytes(q, LANES)
+        pack_codes(low, high, out[b, 4 if len(mins) else 2 :])
 
 
 @jit
 def quantize_q8_0(x, out):
-    for b in range(len(x)):
-        d = amax_bits(x[b]) / f4(127)
+    for b in range(len(out)):
+        low, high = load(x, b * 32), load(x, b * 32 + LANES)
+        d = amax_of(low, high) / f4(127)
         inv_d = reciprocal(d)
         store_half(out[b], 0, d)
-        for i in range(32):
-            v = x[b, i] * inv_d
-            v = v if abs(v) < _INF else ZERO
-            whole = np.trunc(v)
-            away = ONE if v > ZERO else -ONE
-            whole += away if abs(v - whole) >= _HALF else ZERO
-            out[b, 2 + i] = u1(i4(whole) & 0xFF)
+        store_bytes(out[b], 2, round_half_away(low * inv_d))
+        store_bytes(out[b], 2 + LANES, round_half_away(high * inv_d))
+
+
+@helper
+def round_half_away(v):
+    """int32: as `rounding.round_half_away` for what is not too large; 0 for infinity and NaN."""
+    v = select(abs(v) < _INF, v, ZERO)
+    whole = truncated(v)
+    away = select(v > ZERO, 1, -1)
+    return select(abs(v - floats(whole)) >= _HALF, whole + away, whole)
 
 
 @jit
 def quantize_mxfp4(x, out):
-    codes = np.empty(32, np.uint8)
-    for b in range(len(x)):
-        amax, e = amax_bits(x[b]), 0
+    for b in range(len(out)):
+        low, high = load(x, b * 32), load(x, b * 32 + LANES)
+        amax, e = amax_of(low, high), 0
         if amax > ZERO:
             e = (math.floor(f4(math.log2(np.float64(amax)))) + 125) & 0xFF
         scale = i4(0x00200000 << e if e < 2 else (e - 1) << 23).view(np.float32)
-        for i in range(32):
-            v = x[b, i]
-            best, code = abs(v), u1(0)
-            for k in range(1, 16):
-                error = abs(_E2M1[k] * scale - v)
-                code = u1(k) if error < best else code
-                best = error if error < best else best
-            codes[i] = code
         out[b, 0] = u1(e)
-        pack_nibbles(codes, out[b, 1:])
+        pack_codes(e2m1_index(low, scale), e2m1_index(high, scale), out[b, 1:])
+
+
+@helper
+def e2m1_index(v, scale):
+    """The E2M1 value nearest to v / scale, of two as near the first in ggml's table."""
+    code = bits_of(v) & 0
+    for edge in _EDGES:
+        code += select(abs(v) > edge * scale, 1, 0)
+    return select((v < ZERO) & (code > 0), code + 8, code)
+
+
+@helper
+def e2m1_index_far(v, scale):
+    """The same where v is so far off that errors are rounded alike: the first of the least."""
+    best, code = abs(v), bits_of(v) & 0
+    for k in range(16):
+        error = abs(_E2M1[k] * scale - v)
+        code, best = select(error < best, k, code), select(error < best, error, best)
+    return code
+
+
+@helper
+def to_ue4m3(v):
+    """As `microscaling._to_ue4m3`, and half the value of the code."""
+    word = f4(v).view(i4)
+    exponent = (word >> 23) - 127 + 7
+    code = (exponent << 3 | ((word >> 20) & 7)) + ((word >> 19) & 1)
+    if exponent <= 0:
+        code = min(int(v * f4(512) + _HALF), 7)
+    code = 0x7E if code >= 15 << 3 else code
+    if code >> 3 == 0:
+        return code, f4(code & 7) * f4(2.0**-10)
+    return code, i4(((code >> 3) + 119) << 23 | (code & 7) << 20).view(np.float32)
+
+
+@jit
+def quantize_nvfp4(x, out):
+    q = np.empty(LANES, np.uint8)
+    for b in range(len(out)):
+        for i in range(4):
+            v = load(x, b * 64 + i * LANES)
+            amax = amax_of(v, v)
+            code, scale = to_ue4m3(amax / f4(6))
+            out[b, i] = u1(code)
+            near = amax <= f4(16) * scale
+            store_bytes(q, 0, e2m1_index(v, scale) if near else e2m1_index_far(v, scale))
+            for k in range(8):
+                out[b, 4 + 8 * i + k] = q[k] | (q[k + 8] << 4)

@@ -1,0 +1,401 @@
+"""Sixteen numbers at a time in numba: a vector type, so that no speed hangs on what LLVM guesses.
+
+`load` takes sixteen float32 from an array, `load_bytes` sixteen uint8 as int32; `+ - * /`,
+comparisons, `& | << >>`, `abs` and the functions below act on each lane; a float32 or int32 beside
+a vector stands for sixteen of it. Each operation is one LLVM instruction, rounded as C rounds it,
+and nothing is fused. LLVM makes of a vector what the processor has: one register of 512 bits, two
+of 256 or four of 128. Arrays must be contiguous, and indices count their elements.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core.typing import signature
+from numba.extending import lower_builtin, models, register_model, type_callable
+
+LANES = 16
+_WORD, _BIT, _BYTE = ir.IntType(32), ir.IntType(1), ir.IntType(8)
+_FLOAT = ir.FloatType()
+
+
+class Vector(types.Type):
+    """Sixteen lanes of a numba type."""
+
+    def __init__(self, dtype: types.Type):
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype} x {LANES})")
+
+
+FLOATS, INTS, MASK = Vector(types.float32), Vector(types.int32), Vector(types.boolean)
+_LOWERED = {
+    kind: ir.VectorType(element, LANES)
+    for kind, element in ((FLOATS, _FLOAT), (INTS, _WORD), (MASK, _BIT))
+}
+_BYTES = ir.VectorType(_BYTE, LANES)
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, manager, kind):
+        super().__init__(manager, kind, _LOWERED[kind])
+
+
+def _shuffle(builder, a, b, lanes):
+    mask = ir.Constant(ir.VectorType(_WORD, len(lanes)), list(lanes))
+    return builder.shuffle_vector(a, b, mask)
+
+
+def _spread(builder, value):
+    """A vector with the scalar `value` in each lane; a vector as it is."""
+    if isinstance(value.type, ir.VectorType):
+        return value
+    vector = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    vector = builder.insert_element(vector, value, ir.Constant(_WORD, 0))
+    return _shuffle(builder, vector, vector, [0] * LANES)
+
+
+def _llvm(builder, name, result, value):
+    """Call LLVM's own function of that name."""
+    kind, known = ir.FunctionType(result, [value.type]), builder.module.globals
+    function = known[name] if name in known else ir.Function(builder.module, kind, name)
+    return builder.call(function, [value])
+
+
+def _constant(kind, number):
+    return ir.Constant(_LOWERED[kind], [number] * LANES)
+
+
+def _define(function: Callable, result: types.Type, *arguments: types.Type) -> Callable:
+    """Decorator: `build(builder, *values)` is what `function` of `arguments` compiles to.
+
+    Where an argument is a vector, a scalar of its lanes' type will do, but not for all of them.
+    """
+
+    def fits(given, argument):
+        given = types.unliteral(given)
+        return given == argument or (
+            isinstance(argument, Vector)
+            and argument != MASK
+            and (given == argument.dtype or (argument == INTS and isinstance(given, types.Integer)))
+        )
+
+    def typed(*given):
+        if not any(isinstance(g, Vector) for g in given) or not all(map(fits, given, arguments)):
+            return None
+        kinds = [g if isinstance(g, Vector) else a.dtype for g, a in zip(given, arguments)]  # noqa: B905
+        return signature(result, *kinds)
+
+    # numba looks at how many arguments a typer takes
+    typers = [lambda a: typed(a), lambda a, b: typed(a, b), lambda a, b, c: typed(a, b, c)]
+    type_callable(function)(lambda context: typers[len(arguments) - 1])
+
+    def decorate(build):
+        def lower(context, builder, sig, args):
+            return build(builder, *(_spread(builder, value) for value in args))
+
+        for place in range(2 ** len(arguments)):  # each subset of scalars
+            kinds = [getattr(a, "dtype", a) if place >> i & 1 else a
+                     for i, a in enumerate(arguments)]  # fmt: skip
+            if any(isinstance(kind, Vector) for kind in kinds):
+                lower_builtin(function, *kinds)(lower)
+        return build
+
+    return decorate
+
+
+def _instructions() -> None:
+    """The operators."""
+    for symbol, name in (("add", "add"), ("iadd", "add"), ("sub", "sub"), ("mul", "mul")):
+        for kind, prefix in ((FLOATS, "f"), (INTS, "")):
+            operation = lambda builder, a, b, n=prefix + name: getattr(builder, n)(a, b)  # noqa: E731
+            _define(getattr(operator, symbol), kind, kind, kind)(operation)
+    _define(operator.truediv, FLOATS, FLOATS, FLOATS)(lambda builder, a, b: builder.fdiv(a, b))
+    for symbol in ("lt", "gt", "le", "ge", "eq", "ne"):
+        sign = {"lt": "<", "gt": ">", "le": "<=", "ge": ">=", "eq": "==", "ne": "!="}[symbol]
+        compare = getattr(operator, symbol)
+        unequal = symbol == "ne"  # true for NaN, unlike the others
+        _define(compare, MASK, FLOATS, FLOATS)(
+            lambda builder, a, b, s=sign, u=unequal: (
+                builder.fcmp_unordered(s, a, b) if u else builder.fcmp_ordered(s, a, b)
+            )
+        )
+        _define(compare, MASK, INTS, INTS)(
+            lambda builder, a, b, s=sign: builder.icmp_signed(s, a, b)
+        )
+    for kind in (INTS, MASK):
+        _define(operator.and_, kind, kind, kind)(lambda builder, a, b: builder.and_(a, b))
+        for symbol in (operator.or_, operator.ior):
+            _define(symbol, kind, kind, kind)(lambda builder, a, b: builder.or_(a, b))
+    _define(operator.invert, MASK, MASK)(lambda builder, a: builder.not_(a))
+    _define(operator.lshift, INTS, INTS, INTS)(lambda builder, a, b: builder.shl(a, b))
+    _define(operator.rshift, INTS, INTS, INTS)(lambda builder, a, b: builder.ashr(a, b))
+    _define(operator.neg, FLOATS, FLOATS)(lambda builder, a: builder.fneg(a))
+    _define(abs, FLOATS, FLOATS)(_magnitude)
+
+
+def _magnitude(builder, a):
+    bits = builder.and_(builder.bitcast(a, _LOWERED[INTS]), _constant(INTS, 0x7FFFFFFF))
+    return builder.bitcast(bits, _LOWERED[FLOATS])
+
+
+_instructions()
+
+
+def select(mask, a, b):
+    """Lanes of a where the mask is set, of b elsewhere."""
+
+
+def lesser(a, b):
+    """The smaller, of int32."""
+
+
+def greater(a, b):
+    """The larger, of int32."""
+
+
+def nearest(v):
+    """int32: ggml's `nearest_int`, as `rounding.nearest_int`."""
+
+
+def truncated(v):
+    """int32: towards zero; `v` must be within int32's range."""
+
+
+def floats(v):
+    """int32 -> float32"""
+
+
+def bits_of(v):
+    """float32 -> int32: the same bits."""
+
+
+def root(v):
+    """The square root of float32, rounded once."""
+
+
+for _kind in (FLOATS, INTS):
+    _define(select, _kind, MASK, _kind, _kind)(lambda builder, m, a, b: builder.select(m, a, b))
+
+
+@_define(lesser, INTS, INTS, INTS)
+def _(builder, a, b):
+    return builder.select(builder.icmp_signed("<", a, b), a, b)
+
+
+@_define(greater, INTS, INTS, INTS)
+def _(builder, a, b):
+    return builder.select(builder.icmp_signed(">", a, b), a, b)
+
+
+@_define(nearest, INTS, FLOATS)
+def _(builder, v):
+    shifted = builder.bitcast(builder.fadd(v, _constant(FLOATS, 12582912.0)), _LOWERED[INTS])
+    low = builder.and_(shifted, _constant(INTS, 0x007FFFFF))
+    return builder.sub(low, _constant(INTS, 0x00400000))
+
+
+@_define(truncated, INTS, FLOATS)
+def _(builder, v):
+    return builder.fptosi(v, _LOWERED[INTS])
+
+
+@_define(floats, FLOATS, INTS)
+def _(builder, v):
+    return builder.sitofp(v, _LOWERED[FLOATS])
+
+
+@_define(bits_of, INTS, FLOATS)
+def _(builder, v):
+    return builder.bitcast(v, _LOWERED[INTS])
+
+
+@_define(root, FLOATS, FLOATS)
+def _(builder, v):
+    return _llvm(builder, f"llvm.sqrt.v{LANES}f32", _LOWERED[FLOATS], v)
+
+
+def splat(value):
+    """Sixteen of a float32."""
+
+
+def set_lanes(mask):
+    """int32: bit j is lane j of the mask."""
+
+
+def largest_lane(v):
+    """The largest of int32 lanes."""
+
+
+@type_callable(splat)
+def _(context):
+    return lambda value: signature(FLOATS, types.float32)
+
+
+@lower_builtin(splat, types.float32)
+def _(context, builder, sig, args):
+    return _spread(builder, args[0])
+
+
+@_define(set_lanes, types.int32, MASK)
+def _(builder, mask):
+    return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _WORD)
+
+
+@_define(largest_lane, types.int32, INTS)
+def _(builder, v):
+    return _llvm(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _WORD, v)
+
+
+def first_of(a, b):
+    """The number of the first lane that is set in two masks, those of b following those of a."""
+
+
+def smallest_lane(v):
+    """The smallest of float32 lanes; of zeros, either."""
+
+
+def biggest_lane(v):
+    """The largest of float32 lanes; of zeros, either."""
+
+
+@_define(first_of, types.int32, MASK, MASK)
+def _(builder, a, b):
+    mask = builder.bitcast(_shuffle(builder, a, b, range(2 * LANES)), _WORD)
+    return builder.cttz(mask, ir.Constant(_BIT, 0))
+
+
+def _folded(sign):
+    def build(builder, v):
+        half = LANES // 2
+        while half:
+            other = _shuffle(builder, v, v, [(lane + half) % LANES for lane in range(LANES)])
+            v = builder.select(builder.fcmp_ordered(sign, v, other), v, other)
+            half //= 2
+        return builder.extract_element(v, ir.Constant(_WORD, 0))
+
+    return build
+
+
+_define(smallest_lane, types.float32, FLOATS)(_folded("<"))
+_define(biggest_lane, types.float32, FLOATS)(_folded(">"))
+
+
+def stairs(edges: Sequence[float], values: Sequence[float]) -> Callable:
+    """A function of a float32 vector: values[k], where k edges are not above the lane."""
+
+    def step(v):
+        """As `stairs` says."""
+
+    @_define(step, FLOATS, FLOATS)
+    def _(builder, v):
+        found = _constant(FLOATS, values[0])
+        for edge, value in zip(edges, values[1:], strict=True):
+            below = builder.fcmp_ordered("<", v, _constant(FLOATS, edge))
+            found = builder.select(below, found, _constant(FLOATS, value))
+        return found
+
+    return step
+
+
+def load(array, at):
+    """Sixteen float32 from array[at] on."""
+
+
+def load_bytes(array, at):
+    """Sixteen uint8 from array[at] on, as int32."""
+
+
+def store(array, at, v):
+    """Put sixteen float32 into the array."""
+
+
+def store_bytes(array, at, v):
+    """Put the low bytes of sixteen int32 into an array of uint8."""
+
+
+def _pointer(context, builder, kind, array, at, vector):
+    data = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(data, [at]), ir.PointerType(vector))
+
+
+def _memory(function, element, *values):
+    """Type `function(array of element, index, *values)`, and lower it by what is decorated."""
+    result = types.none if values else (FLOATS if element == types.float32 else INTS)
+
+    def typed(array, *given):
+        if isinstance(array, types.Array) and array.dtype == element and given == values:
+            return signature(result, array, types.intp, *values)
+        return None
+
+    reading, writing = lambda array, at: typed(array), lambda array, at, v: typed(array, v)
+    type_callable(function)(lambda context: writing if values else reading)
+    return lower_builtin(function, types.Array, types.intp, *values)
+
+
+@_memory(load, types.float32)
+def _(context, builder, sig, args):
+    place = _pointer(context, builder, sig.args[0], *args, _LOWERED[FLOATS])
+    return builder.load(place, align=4)
+
+
+@_memory(load_bytes, types.uint8)
+def _(context, builder, sig, args):
+    place = _pointer(context, builder, sig.args[0], *args, _BYTES)
+    return builder.zext(builder.load(place, align=1), _LOWERED[INTS])
+
+
+@_memory(store, types.float32, FLOATS)
+def _(context, builder, sig, args):
+    place = _pointer(context, builder, sig.args[0], args[0], args[1], _LOWERED[FLOATS])
+    builder.store(args[2], place, align=4)
+    return context.get_dummy_value()
+
+
+@_memory(store_bytes, types.uint8, INTS)
+def _(context, builder, sig, args):
+    place = _pointer(context, builder, sig.args[0], args[0], args[1], _BYTES)
+    builder.store(builder.trunc(args[2], _BYTES), place, align=1)
+    return context.get_dummy_value()
+
+
+def transpose(array, at, stride, out, to):
+    """out[to :] = 16 × 16 float32, of which row j begins at array[at + j·stride], as columns."""
+
+
+@type_callable(transpose)
+def _(context):
+    return lambda array, at, stride, out, to: signature(
+        types.none, array, types.intp, types.intp, out, types.intp
+    )
+
+
+@lower_builtin(transpose, types.Array, types.intp, types.intp, types.Array, types.intp)
+def _(context, builder, sig, args):
+    array, at, stride, out, to = args
+    vector, rows = _LOWERED[FLOATS], []
+    for _ in range(LANES):
+        rows.append(
+            builder.load(_pointer(context, builder, sig.args[0], array, at, vector), align=4)
+        )
+        at = builder.add(at, stride)
+    distance = LANES // 2
+    while distance:  # swap the off-diagonal quarters of ever smaller squares
+        lanes = range(LANES)
+        low = [j if not j & distance else LANES + j - distance for j in lanes]
+        high = [j + distance if not j & distance else LANES + j for j in lanes]
+        for j in (j for j in lanes if not j & distance):
+            a, b = rows[j], rows[j + distance]
+            rows[j], rows[j + distance] = (_shuffle(builder, a, b, m) for m in (low, high))
+        distance //= 2
+    for row in rows:
+        builder.store(row, _pointer(context, builder, sig.args[3], out, to, vector), align=4)
+        to = builder.add(to, ir.Constant(to.type, LANES))
+    return context.get_dummy_value()
+
+
+def helper(function: Callable) -> Callable:
+    """Compiled into the kernels that call it, and not kept by itself."""
+    return numba.njit(error_model="numpy")(function)
