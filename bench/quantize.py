@@ -9,7 +9,6 @@ repeats; the results go to bench/results/quantize.json. Memory is allocated befo
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 import quant
+from bench.machine import machine
 from tests.golden.ggml import Ggml
 
 RESULTS = Path(__file__).parent / "results" / "quantize.json"
@@ -86,9 +86,11 @@ def main() -> None:
     print(f"{'million weights/s':24} {'ggml':>8} {'ours':>8} {'ratio':>6}")
     rows = compare(options)
     setting = {"threads": options.threads, "weights": options.size, "repeats": options.repeats}
-    setting |= {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    setting |= machine()
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"unit": "million weights/s", **setting, "rows": rows}, indent=1))
+    RESULTS.write_text(
+        json.dumps({"unit": "million weights/s", **setting, "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

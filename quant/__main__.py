@@ -7,6 +7,7 @@ import signal
 import sys
 
 from . import commands
+from .effort import EFFORTS
 from .errors import GGUFError
 from .lora import parse_lora
 
@@ -90,6 +91,8 @@ def _add_convert(add) -> None:
     option("--importance", metavar="F", help="an importance matrix, llama.cpp's imatrix.gguf")
     option("--lora", action="append", default=[], type=parse_lora, metavar="F[:STRENGTH]",
            help="bake a LoRA in, .safetensors; may be given several times")  # fmt: skip
+    option("--effort", choices=EFFORTS, default=EFFORTS[0],
+           help="high: search longer, for less error in Q3_K to Q6_K than ggml's")  # fmt: skip
     option("--arch", metavar="TAG", help="general.architecture, where names do not tell it")
     option("--prefix", help="take only tensors whose names begin so, and strip it; '' for all")
     option("--allow-nonfinite", action="store_true",

@@ -36,6 +36,7 @@ def run_convert(options: argparse.Namespace) -> None:
         not options.no_measure,
         _progress(options.quiet),
         read_importance(options.importance) if options.importance else {},
+        options.effort,
     )
     if options.budget:
         check_importance(plan, work.importance)

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
 from .dequant import dequantize
+from .effort import EFFORTS
 from .errors import GGUFError
 from .measure import Errors
 from .plan import Choice, Plan
@@ -29,13 +30,14 @@ _HEADER_ROOM = 2**20  # bytes kept free besides the tensors and the fields
 class Options:
     """measure: compare what is written with the source (about a fifth of the time).
 
-    importance: new name -> (cols,) float32, see `quantize`.
+    importance: new name -> (cols,) float32, and effort: see `quantize`.
     """
 
     allow_nonfinite: bool = False
     measure: bool = True
     progress: Progress | None = None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    effort: str = EFFORTS[0]
 
 
 def convert(
@@ -173,7 +175,8 @@ class _Work:
             return y.view(-1).view(torch.uint8)
         if not sound:
             x = x.nan_to_num(0.0, 0.0, 0.0)
-        blocks = quantize(x, qtype, self.options.importance.get(choice.name))
+        importance = self.options.importance.get(choice.name)
+        blocks = quantize(x, qtype, importance, self.options.effort)
         if errors is not None:
             errors.add(x, dequantize(blocks, qtype, tuple(x.shape)))
         return blocks

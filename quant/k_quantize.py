@@ -118,7 +118,12 @@ def quantize_q3_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
         scales, codes = make_qx_quants(columns, 4, weights)
         d, sc = make_qx_quants(scales.view(n, 16).t().contiguous(), 32, sums.t().contiguous())
         sc = sc.t()
-    d = half_bytes(d)
+    return write_q3_k(x, d, sc, codes)
+
+
+def write_q3_k(x: Tensor, d: Tensor, sc: Tensor, codes: Tensor) -> Tensor:
+    """(n, 110) uint8: x in d·(sc - 32), sc (n, 16) int32; for `codes` see `_requantize`."""
+    n, d = len(x), half_bytes(d)
     q = _requantize(x, half(d, 0) * (sc - 32), None, codes, -4, 3)
     high = pack_planes((q >> 2).view(n, 8, 32), 1, dim=1)
     return torch.cat((high, _pack_2_bits(q & 3), _pack_q3_scales(sc), d), 1)
@@ -130,10 +135,10 @@ def _pack_q3_scales(sc: Tensor) -> Tensor:
     return torch.cat((low, pack_planes((sc >> 4).view(-1, 4, 4), 2, dim=1)), 1)
 
 
-def _scales_and_codes(
+def _search_ranges(
     x: Tensor, importance: Tensor | None, nmax: int, grid: tuple[float, float, int]
-) -> tuple[Tensor, Tensor]:
-    """The 16 bytes that Q4_K and Q5_K begin with, and the codes (n, 256) int32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """d, dmin (n,), their multiples sc, m (n, 8), and the codes, of Q4_K and Q5_K."""
     n, columns = len(x), _columns(x, 32)
     if importance is None:
         weights = square_root(divide(ordered_sum(columns * columns), 32)) + columns.abs()
@@ -148,9 +153,7 @@ def _scales_and_codes(
         dmin, m = _searched(mins.view(n, 8), 63, sums)
         if nmax == 31:  # Q5_K alone
             sc, m = sc.clamp(max=63), m.clamp(max=63)
-    head = torch.cat((half_bytes(d), half_bytes(dmin), _pack_scale_min(sc, m)), 1)
-    sc, m = scale_min(head)
-    return head, _requantize(x, half(head, 0) * sc, half(head, 2) * m, codes, 0, nmax)
+    return d, dmin, sc, m, codes
 
 
 def _pack_scale_min(sc: Tensor, m: Tensor) -> Tensor:
@@ -161,15 +164,34 @@ def _pack_scale_min(sc: Tensor, m: Tensor) -> Tensor:
     return _bytes(torch.cat((first, second, low), 1))
 
 
+def _write_ranges(
+    x: Tensor, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, codes: Tensor, nmax: int
+) -> tuple[Tensor, Tensor]:
+    """The 16 bytes that Q4_K and Q5_K begin with, and the codes (n, 256) int32."""
+    head = torch.cat((half_bytes(d), half_bytes(dmin), _pack_scale_min(sc, m)), 1)
+    sc, m = scale_min(head)
+    return head, _requantize(x, half(head, 0) * sc, half(head, 2) * m, codes, 0, nmax)
+
+
 def quantize_q4_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
     """(n, 256) float32 -> (n, 144) uint8."""
-    head, q = _scales_and_codes(x, importance, 15, (-1.0, 0.1, 20))
+    return write_q4_k(x, *_search_ranges(x, importance, 15, (-1.0, 0.1, 20)))
+
+
+def write_q4_k(x: Tensor, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, codes: Tensor) -> Tensor:
+    """(n, 144) uint8: x in d·sc and dmin·m, sc and m (n, 8) int32; codes: see `_requantize`."""
+    head, q = _write_ranges(x, d, dmin, sc, m, codes, 15)
     return torch.cat((head, pack_planes(q.view(-1, 4, 2, 32), 4, dim=2).flatten(1)), 1)
 
 
 def quantize_q5_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
     """(n, 256) float32 -> (n, 176) uint8."""
-    head, q = _scales_and_codes(x, importance, 31, (-0.5, 0.1, 15))
+    return write_q5_k(x, *_search_ranges(x, importance, 31, (-0.5, 0.1, 15)))
+
+
+def write_q5_k(x: Tensor, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, codes: Tensor) -> Tensor:
+    """(n, 176) uint8, as `write_q4_k`."""
+    head, q = _write_ranges(x, d, dmin, sc, m, codes, 31)
     high = pack_planes((q >> 4).view(-1, 8, 32), 1, dim=1)
     low = pack_planes((q & 0x0F).view(-1, 4, 2, 32), 4, dim=2).flatten(1)
     return torch.cat((head, high, low), 1)
@@ -183,10 +205,16 @@ def quantize_q6_k(x: Tensor, importance: Tensor | None = None) -> Tensor:
     scales = scales.view(n, 16)
     largest = signed_amax(scales.t())
     inv = quotient(-128.0, largest)
-    sc = _bytes(nearest_int(inv.unsqueeze(1) * scales).clamp_(max=127))
-    d = half_bytes(1.0 / inv)
+    sc = nearest_int(inv.unsqueeze(1) * scales).clamp_(max=127)
+    d = torch.where(largest.abs() < MAX_EPS, 0.0, 1.0 / inv)
+    return write_q6_k(x, d, sc, codes)
+
+
+def write_q6_k(x: Tensor, d: Tensor, sc: Tensor, codes: Tensor) -> Tensor:
+    """(n, 210) uint8: x in d·sc, sc (n, 16) int32; zeros where d is; else as `write_q3_k`."""
+    n, sc, zero = len(x), _bytes(sc), (d == 0).unsqueeze(1)
+    d = half_bytes(d)
     q = _requantize(x, half(d, 0) * sc.view(torch.int8).float(), None, codes, -32, 31)
     low = pack_planes((q & 0x0F).view(n, 2, 2, 64), 4, dim=2).flatten(1)
     high = pack_planes((q >> 4).view(n, 2, 4, 32), 2, dim=2).flatten(1)
-    blocks = torch.cat((low, high, sc, d), 1)
-    return blocks.masked_fill_((largest.abs() < MAX_EPS).unsqueeze(1), 0)
+    return torch.cat((low, high, sc, d), 1).masked_fill_(zero, 0)

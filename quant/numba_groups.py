@@ -17,6 +17,9 @@ from .numba_search import (
     to_lanes,
 )
 from .numba_vector import LANES, load, root, splat, store
+from .search import MAX_EPS
+
+_EPS = f4(MAX_EPS)
 
 
 @jit
@@ -164,3 +167,16 @@ def signed_fractions(values, d, codes):
             code = nearest_int(inv * values[b, i])
             code = ((code + 128) & 0xFF) - 128  # an int8 in ggml
             codes[b, i] = 0 if largest == ZERO else min(max(code, -32), 31) + 32
+
+
+@jit
+def byte_fractions(values, d, codes):
+    """values ≈ d·code with the largest at code -128; codes are int32, d is 0 for none. (Q6_K)"""
+    for b in range(len(values)):
+        largest = ZERO
+        for v in values[b]:
+            largest = v if abs(v) > abs(largest) else largest
+        inv = f4(-128) / largest
+        d[b] = ZERO if abs(largest) < _EPS else f4(1) / inv
+        for i in range(values.shape[1]):
+            codes[b, i] = min(nearest_int(inv * values[b, i]), i4(127))

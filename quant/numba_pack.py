@@ -6,11 +6,8 @@ and `dmin` are (n,), `sc` and `m` (n, sub-blocks) int32, `out` (n, type_size). L
 
 import numpy as np
 
-from .numba_jit import ZERO, f4, i4, jit, nearest_int, store_half, u1
+from .numba_jit import ZERO, f4, jit, store_half, u1
 from .numba_vector import LANES, greater, helper, lesser, load, load_bytes, nearest, store_bytes
-from .search import MAX_EPS
-
-_EPS = f4(MAX_EPS)
 
 
 @helper
@@ -141,21 +138,17 @@ def pack_6_bits(q, block):
 
 
 @jit
-def pack_q6_k(x, scales, codes, out):
-    """scales: (n, 16) float32, not yet quantised."""
+def pack_q6_k(x, d, sc, codes, out):
+    """Zeros where d is zero."""
     q = np.empty(256, np.uint8)
     for b in range(len(out)):
         block = out[b]
-        largest = ZERO
-        for v in scales[b]:
-            largest = v if abs(v) > abs(largest) else largest
-        if abs(largest) < _EPS:
+        if d[b] == ZERO:
             block[:] = u1(0)
             continue
-        inv = f4(-128) / largest
-        scale = store_half(block, 208, f4(1) / inv)
+        scale = store_half(block, 208, d[b])
         for i in range(16):
-            code = min(nearest_int(inv * scales[b, i]), i4(127)) & 0xFF
+            code = sc[b, i] & 0xFF
             block[192 + i] = u1(code)
             signed = code - 256 if code > 127 else code
             requantize(x, codes, 16, b * 16 + i, scale * f4(signed), ZERO, -32, 31, q)

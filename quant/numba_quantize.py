@@ -15,13 +15,14 @@ from gguf import GGMLQuantizationType as T
 from numpy import ndarray as Array
 from torch import Tensor
 
+from . import effort, numba_effort, numba_iq4, numba_pack, numba_small, numba_ternary
 from . import numba_groups as groups
-from . import numba_iq4, numba_pack, numba_small, numba_ternary
 from .numba_vector import LANES
 
 _STEP = 2**16  # weights at a time in a thread: with their importance and codes they stay in cache
 _LEAST = 2**14  # weights that are worth a thread
 _IMPORTANCE_GRID = (-0.9, 0.05, 36)
+_SPARE = 2**12  # codes beyond the last group, see `numba_groups`
 _NONE = np.empty(0, np.float32)
 
 
@@ -133,7 +134,9 @@ def _q6_k(x: Array, w: Array | None, out: Array) -> None:
     scales, flat = _floats(len(x), 16), x.reshape(-1)
     weights, codes = _NONE if w is None else w.reshape(-1), _codes(scales.size, 16)
     groups.search_symmetric(flat, weights, 16, 32, scales.reshape(-1), codes)
-    numba_pack.pack_q6_k(flat, scales, codes, out)
+    d, sc = _floats(len(x)), np.empty(scales.shape, np.int32)
+    groups.byte_fractions(scales, d, sc)
+    numba_pack.pack_q6_k(flat, d, sc, codes, out)
 
 
 def _iq4(
@@ -143,6 +146,24 @@ def _iq4(
     flat, scales = x.reshape(-1), _floats(x.size // 32)
     numba_iq4.search_levels(flat, weights, scales)
     pack(flat, scales, out)
+
+
+def _high_symmetric(qtype: T, x: Array, w: Array | None, out: Array) -> None:
+    nmax, limit = effort.SYMMETRIC[qtype]
+    d, sc, flat = _floats(len(x)), np.empty((len(x), 16), np.int32), x.reshape(-1)
+    weights, codes = _NONE if w is None else w.reshape(-1), np.zeros(x.size + _SPARE, np.uint8)
+    numba_effort.fit_symmetric(flat, weights, nmax, limit, d, sc)
+    if qtype == T.Q6_K:
+        numba_pack.pack_q6_k(flat, d, sc, codes, out)
+    else:
+        numba_pack.pack_q3_k(flat, d, sc + limit, codes, out)
+
+
+def _high_ranges(qtype: T, x: Array, w: Array | None, out: Array) -> None:
+    (d, dmin), (sc, m) = _floats(2, len(x)), np.empty((2, len(x), 8), np.int32)
+    weights, codes = _NONE if w is None else w.reshape(-1), np.zeros(x.size + _SPARE, np.uint8)
+    numba_effort.fit_ranges(x.reshape(-1), weights, effort.RANGES[qtype], d, dmin, sc, m)
+    numba_pack.pack_q4_or_q5_k(x.reshape(-1), d, dmin, sc, m, codes, out)
 
 
 _FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
@@ -163,11 +184,20 @@ _FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
     T.Q5_K: partial(_q4_or_q5_k, 31, (-0.5, 0.1, 15)),
     T.Q6_K: _q6_k,
 }
+_HIGH = {qtype: partial(_high_symmetric, qtype) for qtype in effort.SYMMETRIC} | {
+    qtype: partial(_high_ranges, qtype) for qtype in effort.RANGES
+}
 COMPILED = frozenset(_FUNCTIONS)
 
 
-def quantize_blocks(x: Tensor, weights: Tensor | None, qtype: T, out: Tensor) -> None:
-    """out (n, type_size) = the blocks of x (n, block_size), contiguous and on the CPU, like all."""
+def quantize_blocks(
+    x: Tensor, weights: Tensor | None, qtype: T, out: Tensor, high: bool = False
+) -> None:
+    """out (n, type_size) = the blocks of x (n, block_size), contiguous and on the CPU, like all.
+
+    high: search as `effort.py` does.
+    """
+    function = (_HIGH if high else _FUNCTIONS)[qtype]
     numbers, blocks = x.numpy(), out.numpy()
     w = None if weights is None else weights.numpy()
     size = numbers.shape[1]
@@ -176,7 +206,7 @@ def quantize_blocks(x: Tensor, weights: Tensor | None, qtype: T, out: Tensor) ->
         for start in range(first, end, _STEP // size):
             part = slice(start, min(start + _STEP // size, end))
             with np.errstate(over="ignore"):  # squares may, as in ggml
-                _FUNCTIONS[qtype](numbers[part], None if w is None else w[part], blocks[part])
+                function(numbers[part], None if w is None else w[part], blocks[part])
 
     n = len(numbers)
     threads = max(1, min(torch.get_num_threads(), n * size // _LEAST))

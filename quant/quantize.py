@@ -5,13 +5,14 @@ Where numba is installed, its kernels do the work for tensors on the CPU: the sa
 """
 
 import logging
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
+from . import effort as efforts
 from .errors import GGUFError
 from .rounding import divide, ordered_sum, square_root
 from .types import PLAIN_TYPES, QTYPES, find_type
@@ -25,18 +26,26 @@ _T = GGMLQuantizationType
 _ROW_WEIGHTED = {_T.Q4_0, _T.Q4_1, _T.Q5_0, _T.Q5_1}
 
 
-def quantize(x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None = None) -> Tensor:
+def quantize(
+    x: Tensor,
+    qtype: GGMLQuantizationType,
+    importance: Tensor | None = None,
+    effort: str = "ggml",
+) -> Tensor:
     """(rows, cols) float32 -> (rows, bytes) uint8 on the same device, each row in blocks.
 
     importance: (cols,) float32, none negative: how much a column's squared error counts (ggml's
     imatrix). Types that have nothing to weigh (Q8_0, MXFP4, plain floats) pass it over, as ggml
     does.
+    effort: "high" searches longer than ggml, for less error in the same format, where `effort.py`
+    knows how to (Q3_K … Q6_K); it writes the other types as ggml does.
 
     Raises: GGUFError for a type that cannot be written, sizes that do not fit, NaN and infinity.
     """
     qtype = find_type(qtype)
     _check_type(qtype)
     _check_input(x, qtype)
+    high = check_effort(effort) == "high" and qtype in efforts.TYPES
     if importance is not None:
         _check_importance(importance, x)
     if qtype in PLAIN_TYPES:
@@ -49,8 +58,16 @@ def quantize(x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None =
         x, wide = x.view(-1, row.block_size), out.view(-1, row.type_size)
     step = max(1, _TILE // max(1, x.shape[1]))
     for start in range(0, len(x), step):
-        _quantize_rows(x[start : start + step], qtype, importance, wide[start : start + step])
+        part = slice(start, start + step)
+        _quantize_rows(x[part], qtype, importance, wide[part], high)
     return out
+
+
+def check_effort(effort: str) -> str:
+    """Raises: GGUFError for one that is unknown."""
+    if effort not in efforts.EFFORTS:
+        raise GGUFError(f"effort {effort!r} is unknown (known: {', '.join(efforts.EFFORTS)})")
+    return effort
 
 
 def writable_types() -> list[GGMLQuantizationType]:
@@ -71,7 +88,7 @@ def _kernels() -> ModuleType | None:
 
 
 def _quantize_rows(
-    x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None, out: Tensor
+    x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None, out: Tensor, high: bool
 ) -> None:
     """(rows, cols) float32 into (rows, bytes) uint8, all rows at once."""
     row, kernels = QTYPES[qtype], _kernels() if x.is_cpu else None
@@ -87,9 +104,10 @@ def _quantize_rows(
             weights = kernels.weigh_rows(x, importance)
         weights = weights.reshape(blocks.shape)
     if kernels is None:
-        out.view(-1, row.type_size).copy_(row.quantize_blocks(blocks, weights))
+        write = partial(efforts.quantize_blocks, qtype=qtype) if high else row.quantize_blocks
+        out.view(-1, row.type_size).copy_(write(blocks, weights))
     else:
-        kernels.quantize_blocks(blocks, weights, qtype, out.view(-1, row.type_size))
+        kernels.quantize_blocks(blocks, weights, qtype, out.view(-1, row.type_size), high)
 
 
 def _row_sigma(x: Tensor) -> Tensor:

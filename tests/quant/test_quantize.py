@@ -19,6 +19,7 @@ EVERY_BLOCK = pytest.mark.parametrize("qtype", BLOCKS, ids=lambda qtype: qtype.n
 EVERY_TYPE = pytest.mark.parametrize("qtype", writable_types(), ids=lambda qtype: qtype.name)
 
 
+effort = importlib.import_module("fewstep.quant.effort")
 MODULE = importlib.import_module("fewstep.quant.quantize")  # fewstep.quant.quantize is the function
 
 
@@ -276,3 +277,60 @@ def test_types_that_cannot_be_written_are_told():
     for qtype in unwritable:
         with pytest.raises(GGUFError, match=rf"{qtype.name} can be read .*writable: .*Q8_0.*Q2_K"):
             quantize(torch.zeros(2, 256), qtype)
+
+
+HIGH = pytest.mark.parametrize("qtype", sorted(effort.TYPES), ids=lambda qtype: qtype.name)
+
+
+def weighted_error(x, qtype, importance, effort):
+    back = dequantize(quantize(x, qtype, importance, effort), qtype, x.shape)
+    return float(((back - x).square() * (1 if importance is None else importance)).sum())
+
+
+@HIGH
+@pytest.mark.parametrize("weighted", [False, True])
+def test_high_effort_loses_less(formulation, qtype, weighted):
+    """Of what is weighed, and in a file that says nothing of it. How much less: bench/effort.py."""
+    x = gaussian(5, 512)
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(0)) if weighted else None
+    errors = [weighted_error(x, qtype, importance, effort) for effort in ("high", "ggml")]
+    assert errors[0] < errors[1]
+
+
+@HIGH
+@pytest.mark.parametrize("weighted", [False, True])
+def test_high_effort_is_one_search_in_two_formulations(qtype, weighted, monkeypatch):
+    """Hostile weights too: an odd number of super-blocks, zeros, outliers, what overflows."""
+    pytest.importorskip("numba")
+    x = gaussian(9, 256)
+    x[1] = 0
+    x[2, 40:] = 0
+    x[3, ::97] *= 1000
+    x[4] *= 1e30
+    x[5] *= 1e-30
+    x[6] = x[6].abs()
+    importance = torch.rand(256, generator=torch.Generator().manual_seed(0)) if weighted else None
+    if weighted:
+        importance[32:80] = 0
+    compiled = quantize(x, qtype, importance, "high")
+    monkeypatch.setattr(MODULE, "_kernels", lambda: None)
+    assert torch.equal(quantize(x, qtype, importance, "high"), compiled)
+
+
+@HIGH
+def test_high_effort_keeps_zeros_and_the_sum_of_tiles(qtype, monkeypatch):
+    zeros = torch.zeros(2, 512)
+    for importance in (None, torch.ones(512), torch.zeros(512)):
+        blocks = quantize(zeros, qtype, importance, "high")
+        assert not dequantize(blocks, qtype, zeros.shape).any()
+    x = gaussian(1, 3 * 2**14 + 256)
+    whole = quantize(x, qtype, None, "high")
+    monkeypatch.setattr(MODULE, "_TILE", 2**14)
+    assert torch.equal(quantize(x, qtype, None, "high"), whole)
+
+
+def test_effort_elsewhere():
+    x = gaussian(2, 512)
+    assert torch.equal(quantize(x, T.Q8_0, None, "high"), quantize(x, T.Q8_0))
+    with pytest.raises(GGUFError, match=r"effort 'low' is unknown \(known: ggml, high\)"):
+        quantize(x, T.Q4_K, None, "low")
