@@ -1,4 +1,4 @@
-"""What `effort="high"` saves on real weights against the bytes that ggml writes, and how fast it is.
+"""What `effort="high"` saves on real weights against what ggml writes, and how fast it is.
 
     python -m bench.effort [MODEL …] [--limit 4194304] [--threads 2]
 

@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
+from .codebook import NEED_IMPORTANCE
 from .dequant import dequantize
 from .effort import EFFORTS
 from .errors import GGUFError
@@ -99,7 +100,14 @@ def check_destination(plan: Plan, path: Path, size: int | None = None) -> None:
 
 
 def check_importance(plan: Plan, importance: Mapping[str, Tensor]) -> None:
-    """Raises: GGUFError if an importance fits no tensor of the plan, or has another length."""
+    """Raises: GGUFError if an importance fits no tensor of the plan or has another length, or lacks."""
+    for choice in plan.choices:
+        copied = choice.source.qtype == choice.qtype
+        if choice.qtype in NEED_IMPORTANCE and choice.name not in importance and not copied:
+            raise GGUFError(
+                f"{plan.source.path}: tensor {choice.name!r} is to become {choice.qtype.name}, "
+                "which needs an importance, as in ggml: give one that has it, or choose another"
+            )
     columns = {choice.name: choice.source.cols for choice in plan.choices}
     if importance and not columns.keys() & importance.keys():
         raise GGUFError(

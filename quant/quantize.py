@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from . import effort as efforts
+from .codebook import NEED_IMPORTANCE
 from .errors import GGUFError
 from .rounding import divide, ordered_sum, square_root
 from .types import PLAIN_TYPES, QTYPES, find_type
@@ -48,6 +49,10 @@ def quantize(
     high = check_effort(effort) == "high" and qtype in efforts.TYPES
     if importance is not None:
         _check_importance(importance, x)
+    elif qtype in NEED_IMPORTANCE:
+        raise GGUFError(
+            f"{qtype.name} needs an importance, as in ggml: without one it loses too much"
+        )
     if qtype in PLAIN_TYPES:
         return x.to(PLAIN_TYPES[qtype]).contiguous().view(torch.uint8)
     row = QTYPES[qtype]

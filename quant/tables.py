@@ -17,7 +17,7 @@ def _pack(rows: Tensor) -> Tensor:
     return rows.to(torch.int8).contiguous().view(word).view(-1)
 
 
-def _grid_rows(name: str) -> Tensor:
+def grid_rows(name: str) -> Tensor:
     """(rows, 4 or 8) float32: the grid of gguf-py's class of that name."""
     quant = getattr(gguf.quants, name)
     quant.init_grid()
@@ -27,7 +27,7 @@ def _grid_rows(name: str) -> Tensor:
 @cache
 def grid(name: str, device: torch.device) -> Tensor:
     """The packed codebook of the IQ2 or IQ3 type `name`."""
-    return _pack(_grid_rows(name)).to(device)
+    return _pack(grid_rows(name)).to(device)
 
 
 @cache
@@ -36,7 +36,7 @@ def iq1_grid(device: torch.device) -> Tensor:
 
     So bit 11 of an index is IQ1's sign of delta, and the values are whole numbers.
     """
-    rows = _grid_rows("IQ1_S") * 8
+    rows = grid_rows("IQ1_S") * 8
     return _pack(torch.cat((rows + 1, rows - 1))).to(device)
 
 

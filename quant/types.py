@@ -10,6 +10,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
+from . import codebook as cb
 from . import iq, k, legacy, ternary
 from . import iq4_quantize as iq4
 from . import k_quantize as kq
@@ -73,11 +74,15 @@ QTYPES: dict[GGMLQuantizationType, QType] = {
             "4-bit uneven levels, 6-bit scales for 32",
             iq4.quantize_iq4_xs,
         ),
-        QType(T.IQ3_S, iq.dequantize_iq3_s, "codebook of 512 vectors of 4"),
-        QType(T.IQ3_XXS, iq.dequantize_iq3_xxs, "codebook of 256 vectors of 4"),
-        QType(T.IQ2_S, iq.dequantize_iq2_s, "codebook of 1024 vectors of 8"),
-        QType(T.IQ2_XS, iq.dequantize_iq2_xs, "codebook of 512 vectors of 8"),
-        QType(T.IQ2_XXS, iq.dequantize_iq2_xxs, "codebook of 256 vectors of 8"),
+        QType(T.IQ3_S, iq.dequantize_iq3_s, "codebook of 512 vectors of 4", cb.quantize_iq3_s),
+        QType(
+            T.IQ3_XXS, iq.dequantize_iq3_xxs, "codebook of 256 vectors of 4", cb.quantize_iq3_xxs
+        ),
+        QType(T.IQ2_S, iq.dequantize_iq2_s, "codebook of 1024 vectors of 8", cb.quantize_iq2_s),
+        QType(T.IQ2_XS, iq.dequantize_iq2_xs, "codebook of 512 vectors of 8", cb.quantize_iq2_xs),
+        QType(
+            T.IQ2_XXS, iq.dequantize_iq2_xxs, "codebook of 256 vectors of 8", cb.quantize_iq2_xxs
+        ),
         QType(T.IQ1_M, iq.dequantize_iq1_m, "codebook of 2048 ternary vectors of 8, scales for 16"),
         QType(T.IQ1_S, iq.dequantize_iq1_s, "codebook of 2048 ternary vectors of 8, scales for 32"),
         QType(T.TQ2_0, ternary.dequantize_tq2_0, "ternary, two bits each", ternary.quantize_tq2_0),

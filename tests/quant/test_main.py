@@ -150,6 +150,8 @@ def test_budget_and_importance(run, tmp_path, source):
     assert done.returncode == 1 and "too small: the smallest types take" in done.stderr
     assert run(*given, "--budget", "much").returncode == 2
     assert run("convert", source, target, "--type", "Q4_K", "--importance", matrix).returncode == 0
+    done = run("convert", source, target, "--type", "IQ2_XS", "--effort", "high")
+    assert done.returncode == 1 and "IQ2_XS, which needs an importance" in done.stderr
     done = run("convert", source, target, "--type", "Q4_K", "--importance", source)
     assert done.returncode == 1 and "not a GGUF file but safetensors" in done.stderr
 
