@@ -51,6 +51,10 @@ class Search:
     even: bool
     again: str = "off"
 
+    @property
+    def sub_blocks(self) -> int:
+        return 256 // self.size
+
 
 SEARCHES = {
     row.qtype: row
@@ -199,27 +203,33 @@ def _weights(search: Search, x: Tensor, importance: Tensor | None) -> Tensor:
     return 0.25 * sigma2 + squares if search.qtype == T.IQ2_S else squares
 
 
-def _quantize(
-    qtype: T, x: Tensor, importance: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d (n, 2) bytes, scales (n, sub-blocks), signs (n, 32) and rows (n, 64 or 32) int32."""
-    search, n = SEARCHES[qtype], len(x)
+def find(qtype: T, x: Tensor, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `pack` takes, for x (n, 256) float32."""
+    search = SEARCHES[qtype]
     w = _weights(search, x, importance).view(-1, search.size)
-    columns = x.reshape(-1, search.size)
-    values, signs = _magnitudes(columns, w, search.even)
+    values, signs = _magnitudes(x.reshape(-1, search.size), w, search.even)
     scales, rows, zero = _search(search, values, w)
+    return scales, zero, signs, rows
+
+
+def pack(qtype: T, scales: Tensor, zero: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
+    """(n, type_size) uint8 of scales (columns,) float32, of which `zero` (columns,) bool are passed
+    over, signs (columns, eights) uint8 and codebook rows (columns, vectors) of any integer dtype.
+    """
+    search, n = SEARCHES[qtype], rows.numel() // (256 // codebook(qtype, rows.device).rows.shape[1])
     mask = 0x7F if search.even else 0xFF
     signs = torch.where((scales < 0).unsqueeze(1), ~signs, signs) & mask
     if search.even:  # then a super-block without a scale is all zero
-        zero = zero | (scales.view(n, -1) == 0).all(1).repeat_interleave(len(zero) // n)
-        rows = rows.masked_fill(zero.unsqueeze(1), 0)
+        zero = zero | (scales.view(n, -1) == 0).all(1).repeat_interleave(search.sub_blocks)
+    rows = rows.masked_fill(zero.unsqueeze(1), 0)
     signs = signs.masked_fill_(zero.unsqueeze(1), 0)
     scales = scales.abs().view(n, -1)
     d = divide(scales.amax(1), 31)
     sc = nearest_int(0.5 * (quotient(1.0, d).unsqueeze(1) * scales - 1)).clamp_(0, 15)
     sc = sc.masked_fill_((d == 0).unsqueeze(1), 0)
-    fudge = torch.tensor(search.fudge, dtype=torch.float32, device=x.device)
-    return half_bytes(d * fudge), sc, signs.view(n, 32), rows.view(n, -1).int()
+    fudge = torch.tensor(search.fudge, dtype=torch.float32, device=scales.device)
+    rows = rows.view(n, -1).int()
+    return _LAYOUTS[qtype](half_bytes(d * fudge), sc, signs.view(n, 32), rows)
 
 
 def _words(x: Tensor) -> Tensor:
@@ -233,39 +243,48 @@ def _signs_and_scales(signs: Tensor, sc: Tensor) -> Tensor:
     return (signs.int().view(-1, 8, 4) << shifts).sum(2, dtype=torch.int32) | (sc << 28)
 
 
-def quantize_iq3_s(x: Tensor, importance: Tensor | None = None) -> Tensor:
-    """(n, 256) float32 -> (n, 110) uint8."""
-    d, sc, signs, rows = _quantize(T.IQ3_S, x, importance)
+def _lay_out_iq3_s(d: Tensor, sc: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
+    """(n, 110) uint8"""
     high = pack_planes((rows >> 8).view(-1, 8, 8), 1).flatten(1)
     nibbles = pack_planes(sc.view(-1, 4, 2), 4).flatten(1)
     return torch.cat((d, (rows & 0xFF).byte(), high, signs.byte(), nibbles), 1)
 
 
-def quantize_iq3_xxs(x: Tensor, importance: Tensor | None = None) -> Tensor:
-    """(n, 256) float32 -> (n, 98) uint8."""
-    d, sc, signs, rows = _quantize(T.IQ3_XXS, x, importance)
+def _lay_out_iq3_xxs(d: Tensor, sc: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
+    """(n, 98) uint8"""
     return torch.cat((d, rows.byte(), _words(_signs_and_scales(signs, sc))), 1)
 
 
-def quantize_iq2_s(x: Tensor, importance: Tensor | None = None) -> Tensor:
-    """(n, 256) float32 -> (n, 82) uint8."""
-    d, sc, signs, rows = _quantize(T.IQ2_S, x, importance)
+def _lay_out_iq2_s(d: Tensor, sc: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
+    """(n, 82) uint8"""
     high = pack_planes((rows >> 8).view(-1, 8, 4), 2).flatten(1)
     nibbles = pack_planes(sc.view(-1, 8, 2), 4).flatten(1)
     return torch.cat((d, (rows & 0xFF).byte(), signs.byte(), high, nibbles), 1)
 
 
-def quantize_iq2_xs(x: Tensor, importance: Tensor | None = None) -> Tensor:
-    """(n, 256) float32 -> (n, 74) uint8."""
-    d, sc, signs, rows = _quantize(T.IQ2_XS, x, importance)
+def _lay_out_iq2_xs(d: Tensor, sc: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
+    """(n, 74) uint8"""
     words = (rows | (signs.int() << 9)).to(torch.int16)
     nibbles = pack_planes(sc.view(-1, 8, 2), 4).flatten(1)
     return torch.cat((d, _words(words), nibbles), 1)
 
 
-def quantize_iq2_xxs(x: Tensor, importance: Tensor | None = None) -> Tensor:
-    """(n, 256) float32 -> (n, 66) uint8."""
-    d, sc, signs, rows = _quantize(T.IQ2_XXS, x, importance)
+def _lay_out_iq2_xxs(d: Tensor, sc: Tensor, signs: Tensor, rows: Tensor) -> Tensor:
+    """(n, 66) uint8"""
     words = _words(_signs_and_scales(signs, sc)).view(-1, 8, 4)
     pairs = torch.cat((rows.byte().view(-1, 8, 4), words), 2)
     return torch.cat((d, pairs.flatten(1)), 1)
+
+
+_LAYOUTS = {
+    T.IQ3_S: _lay_out_iq3_s,
+    T.IQ3_XXS: _lay_out_iq3_xxs,
+    T.IQ2_S: _lay_out_iq2_s,
+    T.IQ2_XS: _lay_out_iq2_xs,
+    T.IQ2_XXS: _lay_out_iq2_xxs,
+}
+
+
+def quantize_blocks(x: Tensor, importance: Tensor | None = None, *, qtype: T) -> Tensor:
+    """(n, 256) float32 -> (n, type_size) uint8."""
+    return pack(qtype, *find(qtype, x, importance))

@@ -100,7 +100,7 @@ def check_destination(plan: Plan, path: Path, size: int | None = None) -> None:
 
 
 def check_importance(plan: Plan, importance: Mapping[str, Tensor]) -> None:
-    """Raises: GGUFError if an importance fits no tensor of the plan or has another length, or lacks."""
+    """Raises: GGUFError for one that fits no tensor of the plan, has another length, or lacks."""
     for choice in plan.choices:
         copied = choice.source.qtype == choice.qtype
         if choice.qtype in NEED_IMPORTANCE and choice.name not in importance and not copied:

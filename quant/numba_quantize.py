@@ -15,7 +15,16 @@ from gguf import GGMLQuantizationType as T
 from numpy import ndarray as Array
 from torch import Tensor
 
-from . import effort, numba_effort, numba_iq4, numba_pack, numba_small, numba_ternary
+from . import (
+    codebook,
+    effort,
+    numba_codebook,
+    numba_effort,
+    numba_iq4,
+    numba_pack,
+    numba_small,
+    numba_ternary,
+)
 from . import numba_groups as groups
 from .numba_vector import LANES
 
@@ -166,6 +175,33 @@ def _high_ranges(qtype: T, x: Array, w: Array | None, out: Array) -> None:
     numba_pack.pack_q4_or_q5_k(x.reshape(-1), d, dmin, sc, m, codes, out)
 
 
+def _codebook(qtype: T, x: Array, w: Array | None, out: Array) -> None:
+    row, flat, dim = codebook.SEARCHES[qtype], x.reshape(-1), 4 if "IQ3" in qtype.name else 8
+    columns, values = x.size // row.size, _floats(x.size)
+    signs, zero = np.empty(x.size // 8, np.uint8), np.empty(columns, np.bool_)
+    scales, rows = _floats(columns), np.empty((columns, row.size // dim), np.int32)
+    if w is None:
+        weights = _floats(x.size)
+        numba_codebook.weigh(flat, row.sigma if qtype == T.IQ2_S else 0.0, weights)
+    else:
+        weights = _weigh(x, w, row.sigma, 1 / 256)
+    numba_codebook.magnitudes(flat, weights, row.even, values, signs)
+    start, levels = _NONE, 8 if dim == 4 else 3
+    if row.again == "always":
+        shape = (columns, row.size)
+        start, codes = _floats(columns), np.empty(shape, np.int32)
+        groups.search_fractions(
+            values.reshape(shape), weights.reshape(shape), levels + 1, start, codes
+        )
+    sizes = (row.size, dim, levels, row.tries, row.step, row.eps, numba_codebook.AGAIN[row.again])
+    book = numba_codebook.tables(qtype)
+    numba_codebook.search(
+        values, weights, np.sqrt(weights), *sizes, start, book, scales, rows, zero
+    )
+    found = (scales, zero, signs.reshape(columns, -1), rows)
+    out[:] = codebook.pack(qtype, *map(torch.from_numpy, found)).numpy()
+
+
 _FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
     T.Q4_0: partial(_symmetric, 8),
     T.Q4_1: partial(_with_minimum, 15),
@@ -187,6 +223,7 @@ _FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
 _HIGH = {qtype: partial(_high_symmetric, qtype) for qtype in effort.SYMMETRIC} | {
     qtype: partial(_high_ranges, qtype) for qtype in effort.RANGES
 }
+_FUNCTIONS |= {qtype: partial(_codebook, qtype) for qtype in codebook.SEARCHES}
 COMPILED = frozenset(_FUNCTIONS)
 
 

@@ -5,16 +5,17 @@ To add a type: write its function in a module of its family, add a row here. Siz
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
-from . import codebook as cb
 from . import iq, k, legacy, ternary
 from . import iq4_quantize as iq4
 from . import k_quantize as kq
 from . import microscaling as mx
+from .codebook import quantize_blocks as quantize_by_codebook
 from .errors import GGUFError
 
 T = GGMLQuantizationType
@@ -74,14 +75,35 @@ QTYPES: dict[GGMLQuantizationType, QType] = {
             "4-bit uneven levels, 6-bit scales for 32",
             iq4.quantize_iq4_xs,
         ),
-        QType(T.IQ3_S, iq.dequantize_iq3_s, "codebook of 512 vectors of 4", cb.quantize_iq3_s),
         QType(
-            T.IQ3_XXS, iq.dequantize_iq3_xxs, "codebook of 256 vectors of 4", cb.quantize_iq3_xxs
+            T.IQ3_S,
+            iq.dequantize_iq3_s,
+            "codebook of 512 vectors of 4",
+            partial(quantize_by_codebook, qtype=T.IQ3_S),
         ),
-        QType(T.IQ2_S, iq.dequantize_iq2_s, "codebook of 1024 vectors of 8", cb.quantize_iq2_s),
-        QType(T.IQ2_XS, iq.dequantize_iq2_xs, "codebook of 512 vectors of 8", cb.quantize_iq2_xs),
         QType(
-            T.IQ2_XXS, iq.dequantize_iq2_xxs, "codebook of 256 vectors of 8", cb.quantize_iq2_xxs
+            T.IQ3_XXS,
+            iq.dequantize_iq3_xxs,
+            "codebook of 256 vectors of 4",
+            partial(quantize_by_codebook, qtype=T.IQ3_XXS),
+        ),
+        QType(
+            T.IQ2_S,
+            iq.dequantize_iq2_s,
+            "codebook of 1024 vectors of 8",
+            partial(quantize_by_codebook, qtype=T.IQ2_S),
+        ),
+        QType(
+            T.IQ2_XS,
+            iq.dequantize_iq2_xs,
+            "codebook of 512 vectors of 8",
+            partial(quantize_by_codebook, qtype=T.IQ2_XS),
+        ),
+        QType(
+            T.IQ2_XXS,
+            iq.dequantize_iq2_xxs,
+            "codebook of 256 vectors of 8",
+            partial(quantize_by_codebook, qtype=T.IQ2_XXS),
         ),
         QType(T.IQ1_M, iq.dequantize_iq1_m, "codebook of 2048 ternary vectors of 8, scales for 16"),
         QType(T.IQ1_S, iq.dequantize_iq1_s, "codebook of 2048 ternary vectors of 8, scales for 32"),
