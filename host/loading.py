@@ -9,6 +9,7 @@ import torch
 
 from ..flow import preset_from_metadata
 from ..quant import dequantize
+from .cpu import use_fast_attention, wants_float32
 from .files import (
     adopt_fp8,
     check_finite,
@@ -19,6 +20,7 @@ from .files import (
     wrong_kind,
 )
 from .layout import is_gguf
+from .lora import take_loras
 from .ops import gguf_ops
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False):
     if not is_diffusion_model(state_dict):
         raise wrong_kind(path, state_dict, metadata, "diffusion model")
     preset = preset_of(path, metadata)
-    operations = None if is_safetensors(path) else gguf_ops(path)
+    operations = None if is_safetensors(path) else gguf_ops(path, wants_float32())
     log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
@@ -48,6 +50,8 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False):
     )
     if operations is not None:
         operations.gguf_file.check_complete()
+        take_loras(model)
+        use_fast_attention(model)
     model.cached_patcher_init = (load_diffusion_model, (path,))
     if preset is not None:
         model.set_attachments(PRESET, preset)
@@ -78,7 +82,8 @@ def load_text_encoders(
     if not all(map(is_safetensors, paths)):
         for path, state_dict in zip(paths, state_dicts, strict=True):
             adopt_fp8(path, state_dict)
-        operations = gguf_ops(", ".join(map(os.path.basename, paths)))
+        names = ", ".join(map(os.path.basename, paths))
+        operations = gguf_ops(names, wants_float32(text_encoder=True), text_encoder=True)
         options["custom_operations"] = operations
     if cpu:
         options["load_device"] = options["offload_device"] = torch.device("cpu")
@@ -91,6 +96,7 @@ def load_text_encoders(
     )
     if operations is not None:
         operations.gguf_file.check_complete()
+        take_loras(clip.patcher)
     again = (paths, clip_type, cpu, embedding_directory)
     clip.patcher.cached_patcher_init = (_text_encoder_patcher, again)
     return clip

@@ -1,9 +1,11 @@
 """ComfyUI's operations over GGUF weights.
 
 The classes derive from the host's `manual_cast`, so that casting, offloading and LoRA patches stay
-the host's. They add three things: weights are taken over from the state dict instead of copied (a
+the host's. They add five things: weights are taken over from the state dict instead of copied (a
 quantised weight cannot be copied into a float parameter, and a mapped file should not be); a
-weight that the host patches is dequantised first; and a result that is not finite names its tensor.
+weight that the host patches is dequantised first; a LoRA on a linear layer is computed beside its
+weight (see `lora.py`); products on a CPU take the type that is fast there (see `cpu.py`); and a
+result that is not finite names its tensor.
 """
 
 import re
@@ -14,7 +16,9 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..quant import dequantize_rows
+from .cpu import product_dtype
 from .layout import is_gguf
+from .lora import TakesLoRA
 from .saving import SavedWeight
 
 
@@ -46,9 +50,12 @@ class SourceFile:
 
 
 class _TakeOver:
-    """Mixin for operations whose weight may stay quantised. `gguf_file` is their SourceFile."""
+    """Mixin for operations whose weight may stay quantised. `gguf_file` is their SourceFile;
+    `gguf_exact` asks for products as the host would compute them, `gguf_text` marks text encoders.
+    """
 
-    gguf_patch = None
+    comfy_force_cast_weights = gguf_exact = gguf_text = False
+    gguf_patch = None  # the host's `LowVramPatch`: LoRAs that wait to be applied
 
     def __init__(self, *args, device=None, **kwargs):
         super().__init__(*args, device="meta", **kwargs)  # the weights bring their own memory
@@ -127,27 +134,34 @@ class _TakeOver:
     def weight_lowvram_function(self, patch):
         self.gguf_patch = patch
 
-    def cast(self, dtype, device):
-        """Weight and bias in `dtype` on `device`, patches added; and the host's return token."""
-        weight, bias, stream = comfy.ops.cast_bias_weight(
-            self, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True
-        )
+    def cast(self, dtype, device, patched=True):
+        """Weight and bias in `dtype` on `device`, patches added unless told otherwise; and the
+        host's return token.
+        """
+        waiting, functions = self.waiting_patch(), self.weight_function
+        if not patched:
+            self.weight_function = [f for f in functions if f is not waiting]
+        try:
+            weight, bias, stream = comfy.ops.cast_bias_weight(
+                self, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True
+            )
+        finally:
+            self.weight_function = functions
         if isinstance(weight, QuantizedTensor):
             weight = weight.to(dtype=dtype).dequantize()
-        if self.gguf_patch is not None:
-            weight = self.gguf_patch(weight)
+        if patched and waiting is not None and waiting not in functions:
+            weight = waiting(weight.clone() if weight is self.weight else weight)
         return weight, bias, stream
+
+    def waiting_patch(self):
+        """The `LowVramPatch` of this weight: the host hangs it among the weight's functions where
+        it keeps the weight offloaded.
+        """
+        offloaded = (f for f in self.weight_function if getattr(f, "is_lowvram_patch", False))
+        return next(offloaded, self.gguf_patch)
 
     def uncast(self, weight, bias, stream):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
-
-    def forward_comfy_cast_weights(self, input):
-        weight, bias, stream = self.cast(input.dtype, input.device)
-        output = self.compute(input, weight, bias)
-        self.uncast(weight, bias, stream)
-        if not self.gguf_checked:
-            self.check(input, weight, output)
-        return output
 
     def check(self, input, weight, output):
         """Once a load: a weight that is not finite is named, instead of a silent black picture."""
@@ -166,26 +180,40 @@ class _Dense:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def gguf_ops(path: str) -> type:
+def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type:
     """The host's operations over the weights of one file; its `gguf_file` says what it found there.
+    `exact`: with products as the host would compute them.
 
     A class of its own for each file, so that nothing set for one model shows in another.
     """
     host = comfy.ops.manual_cast
 
     class TakeOver(_TakeOver):
-        gguf_file = SourceFile(path)
+        gguf_file, gguf_exact, gguf_text = SourceFile(path), exact, text_encoder
 
     class Conv(TakeOver):
-        def compute(self, input, weight, bias):
-            return self._conv_forward(input, weight, bias)
+        def forward_comfy_cast_weights(self, input):
+            weight, bias, stream = self.cast(input.dtype, input.device)
+            output = self._conv_forward(input, weight, bias)
+            self.uncast(weight, bias, stream)
+            if not self.gguf_checked:
+                self.check(input, weight, output)
+            return output
 
     class GGUFOps(host):
         gguf_file = TakeOver.gguf_file
 
-        class Linear(TakeOver, host.Linear):
-            def compute(self, input, weight, bias):
-                return torch.nn.functional.linear(input, weight, bias)
+        class Linear(TakesLoRA, TakeOver, host.Linear):
+            def forward_comfy_cast_weights(self, input):
+                branch, x = self.side_branch(), input.to(product_dtype(self, input))
+                weight, bias, stream = self.cast(x.dtype, x.device, patched=branch is None)
+                output = torch.nn.functional.linear(x, weight, bias)
+                if branch is not None:
+                    output = branch.add(output, x)
+                self.uncast(weight, bias, stream)
+                if not self.gguf_checked:
+                    self.check(input, weight, output)
+                return output.to(input.dtype)
 
         class Conv1d(Conv, host.Conv1d): ...
 

@@ -23,7 +23,7 @@ def dense(path):
 
 
 @pytest.mark.parametrize("recipe", ["flash-16", "flash-8", "flash-6", "flash-4"])
-def test_diffusion_model_samples_as_its_dequantised_weights_do(tmp_path, recipe):
+def test_diffusion_model_samples_as_its_dequantised_weights_do(exact, tmp_path, recipe):
     """From an all-in-one checkpoint, whose prefix is stripped."""
     state_dict = {"model.diffusion_model." + k: v for k, v in toys.mmdit(depth=4).items()}
     state_dict["first_stage_model.decoder.conv_in.weight"] = torch.ones(4, 4, 3, 3)

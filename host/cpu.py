@@ -1,0 +1,82 @@
+"""What a CPU is fastest with: matrix products and attention in bfloat16, where it has those.
+
+ComfyUI computes in float32 on every CPU. One with bfloat16 instructions (AVX-512 BF16, AMX, ARM's
+BF16) multiplies bfloat16 matrices about four times as fast, and sums them in float32. So here a
+weight that is quantised, or stored in bfloat16, meets activations rounded to bfloat16, and the
+result returns to the activations' type, in which all the rest of the model is computed. Weights
+stored more finely (float16, float32) are multiplied as the host would.
+
+`--fp32-unet`, `--fp32-text-enc`, `--force-fp32`, or the node ModelComputeDtype, ask the host for
+float32: then all is computed as the host would, bit for bit. (The host itself sets a compute type,
+as that node does, for all text encoders.)
+"""
+
+import logging
+from functools import cache
+
+import comfy.model_management
+import torch
+from comfy.cli_args import args
+from comfy.ldm.modules.attention import attention_pytorch
+
+from .layout import is_gguf
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    found = sorted(name for name, there in capabilities.items() if there and "bf16" in name)
+    if found:
+        log.info("CPU with %s: quantised weights are multiplied in bfloat16.", ", ".join(found))
+    else:
+        log.info("CPU without bfloat16 instructions: quantised weights are multiplied in float32.")
+    return bool(found)
+
+
+def wants_float32(text_encoder: bool = False) -> bool:
+    """Whether the host was started with an option that asks for float32."""
+    return args.force_fp32 or (args.fp32_text_enc if text_encoder else args.fp32_unet)
+
+
+def product_dtype(module: torch.nn.Module, input: torch.Tensor) -> torch.dtype:
+    """The type in which `module` (of our operations) multiplies its weight with `input`."""
+    if (
+        input.device.type != "cpu"
+        or input.dtype != torch.float32
+        or module.gguf_exact
+        or (module.comfy_force_cast_weights and not module.gguf_text)
+        or not (is_gguf(module.weight) or module.weight.dtype == torch.bfloat16)
+        or not multiplies_bfloat16()
+    ):
+        return input.dtype
+    return torch.bfloat16
+
+
+class Attention:
+    """The host's `optimized_attention_override` for a model on a CPU: torch's fused attention, in
+    bfloat16 where the CPU has it. The host's own choice there takes twice as long and more.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, default, q, k, v, heads, mask=None, **options):
+        patcher = self.model.current_patcher
+        if q.device.type != "cpu" or (patcher is not None and patcher.force_cast_weights):
+            return default(q, k, v, heads, mask=mask, **options)
+        dtype = q.dtype
+        if dtype == torch.float32 and multiplies_bfloat16():
+            q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
+            if mask is not None and mask.is_floating_point():
+                mask = mask.to(torch.bfloat16)
+        return attention_pytorch(q, k, v, heads, mask=mask, **options).to(dtype)
+
+
+def use_fast_attention(patcher) -> None:
+    """Give a MODEL that runs on a CPU the fast attention, unless the host was asked for float32."""
+    if comfy.model_management.is_device_cpu(patcher.load_device) and not wants_float32():
+        options = patcher.model_options["transformer_options"]
+        options.setdefault("optimized_attention_override", Attention(patcher.model))

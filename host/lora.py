@@ -1,0 +1,115 @@
+"""How the stock LoRA loaders' patches reach a linear layer of ours, whichever way the host loads.
+
+* Its dynamic VRAM hangs a `LowVramPatch` on `weight_lowvram_function`; so does partial loading, on
+  `weight_function`. Both hold the patches as they were loaded: see `ops.py`, `waiting_patch`.
+* Where it loads a module fully, it would write the sum of weight and LoRA in the weight's place,
+  but passes over modules that say they are patched already. Ours say so, and an ON_LOAD callback
+  then hands them their patches.
+
+A module's patches become a side branch; those that cannot are left to the host, which keeps the
+patched weight dense. LoRA hooks have a way of their own through the host, and keep it.
+"""
+
+import logging
+
+import torch
+from comfy.model_patcher import LowVramPatch
+from comfy.patcher_extension import CallbacksMP
+
+from .side_branch import SideBranch, side_branch
+
+log = logging.getLogger(__name__)
+
+
+def differ(known: list, patches: list) -> bool:
+    return any(a is not b for a, b in zip(known, patches, strict=True))
+
+
+class TakesLoRA:
+    """Mixin for a linear operation, see `ops.py`."""
+
+    written, unloaded, branch_of = False, False, ([], None)
+
+    def side_branch(self) -> SideBranch | None:
+        """The LoRAs to be computed beside the weight; None if there are none, or dense ones."""
+        waiting = self.waiting_patch()
+        if waiting is None:
+            return None
+        patches, (known, branch) = waiting.patches[waiting.key], self.branch_of
+        if len(known) != len(patches) or differ(known, patches):
+            branch = side_branch(patches, tuple(self.weight.shape))
+            self.branch_of = patches[:], branch
+        return branch
+
+    @property
+    def comfy_patched_weights(self) -> bool:
+        """Host's mark of a module that is loaded and has its patches. True also before that, so
+        that the host does not write them in; False while the host keeps it offloaded, when it asks
+        whether there is something to offload.
+        """
+        if self.written or "prev_comfy_cast_weights" not in self.__dict__:
+            return True
+        if not self.comfy_force_cast_weights:  # then the attribute means that it is offloaded
+            return False
+        return not self.unloaded and self.waiting_patch() is self.gguf_patch
+
+    @comfy_patched_weights.setter
+    def comfy_patched_weights(self, written: bool):
+        self.written, self.unloaded = written, not written
+
+    @comfy_patched_weights.deleter
+    def comfy_patched_weights(self):
+        """The host takes all patches away."""
+        self.written, self.unloaded = False, False
+        self.gguf_patch, self.branch_of = None, ([], None)
+
+
+class HandOver:
+    """Host's ON_LOAD callback of one model: gives fully loaded modules their patches, and logs
+    once for each set of LoRAs which weights they meet, and how.
+    """
+
+    def __init__(self):
+        self.logged = None
+
+    def __call__(self, patcher, device, *_loading):
+        for key in patcher.patches:
+            path, _, name = key.rpartition(".")
+            module = patcher.model.get_submodule(path)
+            if isinstance(module, TakesLoRA) and not patcher.is_dynamic():
+                hand_over(patcher, module, key, name, device)
+        if patcher.patches and self.logged != patcher.patches_uuid:
+            self.logged = patcher.patches_uuid
+            log.info("%s", summary(patcher))
+
+
+def hand_over(patcher, module, key: str, name: str, device: torch.device) -> None:
+    """Give a fully loaded module the patches of its parameter `name` that the host passed over."""
+    if key in patcher.backup or not module.comfy_patched_weights:
+        return  # written already, or offloaded with patches that wait
+    if name == "weight" and side_branch(patcher.patches[key], tuple(module.weight.shape)):
+        module.gguf_patch = LowVramPatch(key, patcher.patches)
+    else:
+        patcher.patch_weight_to_device(key, device_to=device)
+
+
+def summary(patcher) -> str:
+    """'LoRA on 200 weights of SD3: 198 as side branches of rank 16 to 64, 2 dense: …'"""
+    branches, dense = [], []
+    for key, patches in patcher.patches.items():
+        module = patcher.model.get_submodule(key.rpartition(".")[0])
+        weight = key.endswith(".weight") and isinstance(module, TakesLoRA)
+        branch = side_branch(patches, tuple(module.weight.shape)) if weight else None
+        branches.append(branch) if branch else dense.append(key)
+    text = f"LoRA on {len(patcher.patches)} weights of {type(patcher.model).__name__}"
+    if branches:
+        ranks = [branch.rank for branch in branches]
+        text += f": {len(branches)} as side branches of rank {min(ranks)} to {max(ranks)}"
+    if dense:
+        text += f"; {len(dense)} added to the weights themselves: {', '.join(dense)}"
+    return text
+
+
+def take_loras(patcher) -> None:
+    """Let a freshly loaded MODEL or CLIP's patcher hand LoRAs over to its modules."""
+    patcher.add_callback_with_key(CallbacksMP.ON_LOAD, __name__, HandOver())

@@ -1,0 +1,133 @@
+"""Products and attention in bfloat16 under float32 activations: their error, and the way around."""
+
+import logging
+
+import comfy.sd
+import pytest
+import torch
+from comfy.cli_args import args
+from comfy.ldm.modules.attention import attention_sub_quad
+from fewstep.host import cpu, loading
+from fewstep.host.layout import wrap
+from fewstep.host.ops import gguf_ops
+from fewstep.quant import dequantize
+from fewstep.tests.host import toys
+from fewstep.tests.host.test_loading import sample
+from gguf import GGMLQuantizationType as T
+
+# bfloat16 has 8 bits: a rounding errs by at most 2**-9 of a value. Weights, inputs and results are
+# each rounded once, independently, and sums are in float32: √3·2**-9/√3 in the mean square.
+ERROR = 2**-8
+
+
+@pytest.fixture
+def bfloat16(monkeypatch):
+    """As on a CPU that multiplies bfloat16; others compute the same, but slowly."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+
+
+def relative_error(value, truth):
+    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def layer(qtype, rows=96, columns=512, exact=False):
+    g = torch.Generator().manual_seed(0)
+    linear = gguf_ops("toy", exact).Linear(columns, rows)
+    blocks, _, shape = toys.random_blocks(torch.empty(rows, columns), qtype)
+    bias = torch.randn(rows, generator=g)
+    linear.load_state_dict({"weight": wrap(blocks, qtype, shape), "bias": bias})
+    return linear, dequantize(blocks, qtype, shape).double(), bias.double()
+
+
+@pytest.mark.parametrize("tokens", [1, 77, 300])
+@pytest.mark.parametrize("qtype", [T.Q2_K, T.Q3_K, T.Q4_K, T.Q5_K, T.Q6_K, T.IQ4_XS, T.Q8_0])
+def test_products_error_is_that_of_bfloat16(bfloat16, qtype, tokens):
+    linear, weight, bias = layer(qtype)
+    x = torch.randn(1, tokens, 512, generator=torch.Generator().manual_seed(1))
+    y = linear(x)
+    truth = x.double() @ weight.T + bias
+    assert y.dtype == torch.float32
+    assert relative_error(y, truth) < ERROR
+
+
+def test_exact_products_are_float32s(bfloat16):
+    x = torch.randn(2, 7, 512)
+    linear, weight, bias = layer(T.Q6_K, exact=True)
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, weight.float(), bias.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_finer_weights_are_multiplied_as_the_host_does(bfloat16, dtype):
+    linear, weight = gguf_ops("toy").Linear(64, 32, bias=False), torch.randn(32, 64).to(dtype)
+    linear.load_state_dict({"weight": weight})
+    x = torch.randn(5, 64)
+    assert torch.equal(linear(x), torch.nn.functional.linear(x, weight.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_other_activations_keep_their_type(bfloat16, dtype):
+    linear, weight, bias = layer(T.Q8_0)
+    x = torch.randn(5, 512).to(dtype)
+    wanted = torch.nn.functional.linear(x, weight.to(dtype), bias.to(dtype))
+    assert torch.equal(linear(x), wanted)
+
+
+def test_attentions_error_is_that_of_bfloat16(bfloat16):
+    class Model:
+        current_patcher = None
+
+    q, k, v = torch.randn(3, 2, 150, 128, generator=torch.Generator().manual_seed(2))
+    truth = attention_sub_quad(q.double(), k.double(), v.double(), 4)
+    got = cpu.Attention(Model)(attention_sub_quad, q, k, v, 4)
+    assert got.dtype == torch.float32
+    assert relative_error(got, truth) < ERROR
+
+
+@pytest.mark.parametrize("qtype", [T.Q6_K, T.Q4_K])
+def test_a_sampled_latent_is_close_to_the_dequantised_models(bfloat16, tmp_path, qtype):
+    """Random weights amplify more than trained ones: 1 % covers two steps of four blocks."""
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(depth=4), qtype)
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    drawn, truth = sample(model), sample(comfy.sd.load_diffusion_model_state_dict(dense))
+    assert not torch.equal(drawn, truth)
+    assert relative_error(drawn, truth) < 0.01
+
+
+def test_compute_dtype_node_asks_for_float32(bfloat16, tmp_path):
+    """What ModelComputeDtype does, on a clone: the model itself stays fast."""
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(depth=4), T.Q6_K)
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    fast = sample(model)
+    exact = model.clone()
+    exact.set_model_compute_dtype(torch.float32)
+    assert torch.equal(sample(exact), sample(comfy.sd.load_diffusion_model_state_dict(dense)))
+    assert torch.equal(sample(model), fast)
+
+
+@pytest.mark.parametrize("option", ["fp32_unet", "force_fp32"])
+def test_options_of_the_host_ask_for_float32(bfloat16, monkeypatch, tmp_path, option):
+    monkeypatch.setattr(args, option, True)
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    assert torch.equal(sample(model), sample(comfy.sd.load_diffusion_model_state_dict(dense)))
+
+
+def test_an_attention_of_the_users_own_wins(bfloat16, tmp_path):
+    toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf")).clone()
+    seen = []
+
+    def own(default, *tensors, **options):
+        seen.append(default)
+        return default(*tensors, **options)
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = own
+    sample(model, 1)
+    assert seen
+
+
+def test_says_once_what_the_cpu_can_do(caplog):
+    cpu.multiplies_bfloat16.cache_clear()
+    with caplog.at_level(logging.INFO, logger=cpu.__name__):
+        assert cpu.multiplies_bfloat16() == cpu.multiplies_bfloat16()
+    assert len(caplog.records) == 1 and "bfloat16" in caplog.text
