@@ -19,6 +19,7 @@ import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch
 
+from .. import quant
 from .layout import is_gguf
 
 log = logging.getLogger(__name__)
@@ -41,18 +42,38 @@ def wants_float32(text_encoder: bool = False) -> bool:
     return args.force_fp32 or (args.fp32_text_enc if text_encoder else args.fp32_unet)
 
 
+def may_round(module: torch.nn.Module, input: torch.Tensor) -> bool:
+    """Whether how to multiply `module` (of our operations) with `input` is ours to choose."""
+    return (
+        input.device.type == "cpu"
+        and input.dtype == torch.float32
+        and not module.gguf_exact
+        and (module.gguf_text or not module.comfy_force_cast_weights)
+    )
+
+
 def product_dtype(module: torch.nn.Module, input: torch.Tensor) -> torch.dtype:
-    """The type in which `module` (of our operations) multiplies its weight with `input`."""
-    if (
-        input.device.type != "cpu"
-        or input.dtype != torch.float32
-        or module.gguf_exact
-        or (module.comfy_force_cast_weights and not module.gguf_text)
-        or not (is_gguf(module.weight) or module.weight.dtype == torch.bfloat16)
-        or not multiplies_bfloat16()
-    ):
-        return input.dtype
-    return torch.bfloat16
+    """The type in which `module` multiplies its weight with `input`."""
+    coarse = is_gguf(module.weight) or module.weight.dtype == torch.bfloat16
+    if may_round(module, input) and coarse and multiplies_bfloat16():
+        return torch.bfloat16
+    return input.dtype
+
+
+def multiply_few(module: torch.nn.Module, input: torch.Tensor) -> torch.Tensor | None:
+    """`module`'s output for a few tokens in float32 (as of the modulation from time and text) by a
+    kernel that never writes the unpacked weight out; None where there is none.
+
+    The weight must be as it was loaded: neither patches nor functions of the host.
+    """
+    weight, bias = module.weight, module.bias
+    if not may_round(module, input) or not is_gguf(weight):
+        return None
+    flat = input.reshape(-1, input.shape[-1])
+    output = quant.multiply_few(weight._qdata, weight.params.qtype, flat)
+    if output is not None and bias is not None:
+        output = output + bias
+    return None if output is None else output.reshape(*input.shape[:-1], -1)
 
 
 class Attention:

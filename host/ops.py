@@ -16,7 +16,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..quant import dequantize_rows
-from .cpu import product_dtype
+from .cpu import multiply_few, product_dtype
 from .layout import is_gguf
 from .lora import TakesLoRA
 from .saving import SavedWeight
@@ -205,7 +205,16 @@ def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type
 
         class Linear(TakesLoRA, TakeOver, host.Linear):
             def forward_comfy_cast_weights(self, input):
-                branch, x = self.side_branch(), input.to(product_dtype(self, input))
+                branch = self.side_branch()
+                output = multiply_few(self, input) if self.is_untouched(branch) else None
+                if output is not None and not self.gguf_checked:
+                    self.gguf_checked = bool(output.isfinite().all())
+                if output is None or not self.gguf_checked:
+                    return self.multiply(input, branch)
+                return output if branch is None else branch.add(output, input)
+
+            def multiply(self, input, branch):
+                x = input.to(product_dtype(self, input))
                 weight, bias, stream = self.cast(x.dtype, x.device, patched=branch is None)
                 output = torch.nn.functional.linear(x, weight, bias)
                 if branch is not None:
@@ -214,6 +223,12 @@ def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type
                 if not self.gguf_checked:
                     self.check(input, weight, output)
                 return output.to(input.dtype)
+
+            def is_untouched(self, branch):
+                """Whether nothing is to be added to weight and bias themselves."""
+                if self.weight_function or self.bias_function:
+                    return False
+                return branch is not None or self.waiting_patch() is None
 
         class Conv1d(Conv, host.Conv1d): ...
 

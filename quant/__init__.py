@@ -1,6 +1,6 @@
 """GGUF files and their block formats, in torch, without ComfyUI."""
 
-from .dequant import dequantize, dequantize_rows
+from .dequant import dequantize, dequantize_rows, multiply_few
 from .errors import GGUFError
 from .quantize import quantize, writable_types
 from .reader import GGUFFile, TensorInfo
@@ -16,6 +16,7 @@ __all__ = [
     "TensorInfo",
     "dequantize",
     "dequantize_rows",
+    "multiply_few",
     "quantize",
     "types_markdown",
     "writable_types",

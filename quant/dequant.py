@@ -71,6 +71,28 @@ def dequantize_rows(
     return dequantize(picked, qtype, (*rows.shape, row_length), dtype)
 
 
+def multiply_few(blocks: Tensor, qtype: GGMLQuantizationType, x: Tensor) -> Tensor | None:
+    """x (vectors, columns) float32 times the transpose of a matrix of `qtype`, float32 throughout,
+    without unpacking all of the matrix; None where no kernel does that faster than a product.
+
+    blocks: (rows, bytes of a row) uint8.
+    """
+    if torch.compiler.is_compiling() or not blocks.is_cpu or (kernels := _kernels()) is None:
+        return None
+    from . import numba_matvec
+
+    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    row = x.shape[1] // block_size * type_size
+    if (
+        qtype not in kernels.COMPILED
+        or len(x) > numba_matvec.MOST
+        or x.shape[1] % block_size
+        or blocks.shape[1:] != (row,)
+    ):
+        return None
+    return numba_matvec.matvec(blocks, qtype, x)
+
+
 def as_plain(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """The bytes as a 1-D tensor of `dtype`: a view where they start on a whole element."""
     flat = blocks.reshape(-1)

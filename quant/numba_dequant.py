@@ -9,8 +9,11 @@ A kernel takes blocks (n, type_size) uint8, d and m (n,) float32 (scale and mini
 by torch; m is d where a type has none) and out (n, 256) float32, or uint16: bfloat16's bits.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -168,7 +171,7 @@ def _iq4_xs(blocks, d, m, out):
 
 
 # The kernel of a type, and the bytes at which its halves d and m start.
-_KERNELS: dict[T, tuple[Callable[[Array, Array, Array, Array], None], int, int | None]] = {
+KERNELS: dict[T, tuple[Callable[[Array, Array, Array, Array], None], int, int | None]] = {
     T.Q2_K: (_q2_k, 80, 82),
     T.Q3_K: (_q3_k, 108, None),
     T.Q4_K: (_q4_k, 0, 2),
@@ -176,26 +179,38 @@ _KERNELS: dict[T, tuple[Callable[[Array, Array, Array, Array], None], int, int |
     T.Q6_K: (_q6_k, 208, None),
     T.IQ4_XS: (_iq4_xs, 0, None),
 }
-COMPILED = frozenset(_KERNELS)
+COMPILED = frozenset(KERNELS)
 DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     """blocks (n, type_size) into out (n, 256) of one of DTYPES, contiguous and on the CPU, both."""
-    kernel, d_at, m_at = _KERNELS[qtype]
+    kernel, d_at, m_at = KERNELS[qtype]
     d = half(blocks, d_at)[:, 0]
     m = d if m_at is None else half(blocks, m_at)[:, 0]
     target = out if out.dtype is torch.float32 else out.view(torch.uint16)
     arrays = [t.numpy() for t in (blocks.contiguous(), d, m, target)]
-    n = len(blocks)
-    threads = max(1, min(torch.get_num_threads(), n * 256 // _LEAST))
-    bounds = [n * i // threads for i in range(threads + 1)]
 
     def work(first: int, end: int) -> None:
         kernel(*(array[first:end] for array in arrays))
 
+    in_threads(work, len(blocks), 256)
+
+
+def in_threads(work: Callable[[int, int], None], n: int, weights: int) -> None:
+    """work(first, end) over the parts of 0 … n, each of `weights`, on as many threads as torch."""
+    threads = max(1, min(torch.get_num_threads(), n * weights // _LEAST))
+    bounds = [n * i // threads for i in range(threads + 1)]
     if threads == 1:
         work(0, n)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, bounds, bounds[1:]))
+    else:
+        list(_pool(threads).map(work, bounds, bounds[1:]))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="dequantise")
+
+
+if sys.platform != "win32":  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
