@@ -19,7 +19,7 @@ import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch
 
-from .. import quant
+from ..quant import multiply_few as multiply_blocks
 from .layout import is_gguf
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def multiply_few(module: torch.nn.Module, input: torch.Tensor) -> torch.Tensor |
     if not may_round(module, input) or not is_gguf(weight):
         return None
     flat = input.reshape(-1, input.shape[-1])
-    output = quant.multiply_few(weight._qdata, weight.params.qtype, flat)
+    output = multiply_blocks(weight._qdata, weight.params.qtype, flat)
     if output is not None and bias is not None:
         output = output + bias
     return None if output is None else output.reshape(*input.shape[:-1], -1)

@@ -1,0 +1,199 @@
+"""How fast this project is beside its peers, on the same file, on the same machine, in one run.
+
+    python -m bench [--peer-gguf CLONE] [--types Q6_K,Q4_K] [--pixels 256,512] [--out FOLDER]
+
+Sides: this project; ComfyUI itself with the model unquantised; a clone of city96/ComfyUI-GGUF; and
+stable-diffusion.cpp, if the package stable-diffusion-cpp-python is installed. Each runs in a
+process of its own (`worker.py`), and they take turns, so that a busy spell of the machine meets
+them all; where others keep it busy, take `--threads 1 --clock cpu`. A ratio is taken within a turn:
+median, least and most of them. Needs about 9 GB of disk, and 20 GB of memory with all sides; runs
+on the CPU, or on the GPU if there is one.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from . import table
+
+RESULTS = Path(__file__).parent / "results"
+LORA_COUNTS = (0, 1, 4, 8)
+
+
+class Side:
+    """A worker process: `side(do="step", pixels=256)` is its answer."""
+
+    def __init__(self, name: str, threads: int, *arguments: str):
+        command = [sys.executable, "-m", "bench.worker", name, str(threads), *arguments]
+        self.name, self.log = name, tempfile.TemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command,
+            cwd=RESULTS.parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def __call__(self, **request) -> dict:
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.log.seek(0)
+            said = self.log.read().decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{self.name} ended on {request}:\n{said}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    options = arguments()
+    sides = {"fewstep": (), "host": ()}
+    if options.peer_gguf:
+        sides["peer-gguf"] = (str(options.peer_gguf.resolve()),)
+    if importlib.util.find_spec("stable_diffusion_cpp"):
+        sides["cpp"] = None  # its files, when they are made
+    sides = {name: given for name, given in sides.items() if name not in options.leave_out}
+    result = {"setting": setting(options), "steps": [], "first": [], "loras": []}
+    with tempfile.TemporaryDirectory() as temporary:
+        paths = make_files(options, options.files or temporary)
+        if "cpp" in sides:
+            sides["cpp"] = tuple(paths[part] for part in ("CLIP-L", "CLIP-G", "VAE"))
+        result["rates"] = rates(options)
+        for qtype in options.types:
+            measure(options, sides, paths, qtype, result)
+    result["setting"]["load"] = [*result["setting"]["load"], os.getloadavg()[0]]
+    text = table.report(result)
+    print(text)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = options.out / f"speed-{result['setting']['device']}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(text + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
+    words = lambda text: text.split(",")  # noqa: E731
+    parser.add_argument("--peer-gguf", type=Path, help="a clone of city96/ComfyUI-GGUF")
+    parser.add_argument("--types", type=words, default=["Q6_K", "Q4_K"])
+    parser.add_argument("--pixels", type=words, default=["256", "512"], help="sides of the picture")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    clock_help = "cpu: processor time of all threads, for a busy machine (with --threads 1)"
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=clock_help)
+    parser.add_argument("--no-loras", action="store_true", help="do not measure LoRAs")
+    parser.add_argument("--leave-out", type=words, default=[], help="sides not to measure")
+    parser.add_argument("--files", help="a folder where the model files stay for the next run")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def make_files(options: argparse.Namespace, folder: str) -> dict[str, str]:
+    worker = Side("fewstep", options.threads)
+    paths = worker(do="files", folder=folder, types=options.types)["paths"]
+    worker.close()
+    return paths
+
+
+def rates(options: argparse.Namespace) -> dict[str, list[float]]:
+    worker = Side("fewstep", options.threads)
+    answer = worker(do="rates", weights=2**23, repeats=options.repeats, clock=options.clock)[
+        "rates"
+    ]
+    worker.close()
+    return answer
+
+
+def measure(options, sides, paths, qtype, result) -> None:
+    """All sides on one type of file, in turns; adds rows to `result`."""
+    pixels, clock = [int(p) for p in options.pixels], options.clock
+    for size in pixels:
+        workers, loads = {}, {}
+        for name, given in sides.items():
+            workers[name] = Side(name, options.threads, *given)
+            file = paths["F16" if name == "host" else qtype]
+            loads[name] = workers[name](do="load", file=file)[clock]
+        turns = [take_turn(workers, size, clock) for _ in range(options.repeats + 1)]
+        result["steps"].append({"type": qtype, "pixels": size, "turns": turns[1:]})
+        say(f"{qtype} {size}²: {table.medians(turns[1:])}")
+        for name, worker in workers.items():
+            row = {"type": qtype, "pixels": size, "side": name, "load": loads[name]}
+            row |= {"first_step": turns[0][name], **worker(do="memory")}
+            result["first"].append(row)
+        for name in ("fewstep", "peer-gguf"):
+            if name in workers and size == pixels[-1] and not options.no_loras:
+                turns = [lora_turn(workers[name], size, clock) for _ in range(options.repeats)]
+                result["loras"].append({"type": qtype, "side": name, "turns": turns})
+                say(f"{qtype} LoRAs, {name}: {table.medians(turns)}")
+        for worker in workers.values():
+            worker.close()
+
+
+def take_turn(workers: dict[str, Side], pixels: int, clock: str) -> dict[str, float]:
+    return {name: w(do="step", pixels=pixels)[clock] for name, w in workers.items()}
+
+
+def lora_turn(worker: Side, pixels: int, clock: str) -> dict[str, float]:
+    times = {}
+    for count in LORA_COUNTS:
+        worker(do="loras", count=count)
+        worker(do="step", pixels=pixels)  # the host loads patches
+        times[str(count)] = worker(do="step", pixels=pixels)[clock]
+    return times
+
+
+def setting(options: argparse.Namespace) -> dict:
+    """Machine and versions, without names that tell whose machine it is."""
+    cuda = torch.cuda.is_available()
+    told = {
+        "device": "cuda" if cuda else "cpu",
+        "processor": torch.cuda.get_device_name() if cuda else processor(),
+        "threads": options.threads,
+        "repeats": options.repeats,
+        "clock": options.clock,
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+        "load": [os.getloadavg()[0]],
+    }
+    if options.peer_gguf:
+        command = ["git", "-C", str(options.peer_gguf), "rev-parse", "--short", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        told["ComfyUI-GGUF"] = done.stdout.strip()
+    if importlib.util.find_spec("stable_diffusion_cpp"):
+        from importlib.metadata import version
+
+        told["stable-diffusion-cpp-python"] = version("stable-diffusion-cpp-python")
+    return told
+
+
+def processor() -> str:
+    """The model, and its instructions for bfloat16."""
+    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
+    if info.exists():
+        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        known = {key.strip(): value.strip() for key, value in fields.items()}
+        numbers = ", ".join(f"{k} {known[k]}" for k in ("cpu family", "model") if k in known)
+        name = f"{known.get('model name', name)} ({numbers})"
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    found = [key for key, there in capabilities.items() if there and "bf16" in key]
+    return f"{name}, {' '.join(found) or 'no bfloat16 instructions'}"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

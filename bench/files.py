@@ -1,0 +1,109 @@
+"""SD3.5-Medium-sized files with random weights: GGUF of a type, and the same unquantised.
+
+Speed does not depend on the values, only on shapes and types; weights are spread as trained ones
+are, so that nothing overflows. ComfyUI must be importable (for the shapes).
+"""
+
+from functools import partial
+from pathlib import Path
+
+import comfy.ops
+import gguf
+import torch
+from comfy.clip_model import CLIPTextModel
+from comfy.ldm.modules.diffusionmodules.model import Decoder, Encoder
+from fewstep.quant import write_gguf
+from fewstep.tests.host import toys
+from gguf import GGMLQuantizationType as T
+from safetensors.torch import save_file
+
+POOL = 2**16  # blocks, repeated
+SPREAD = 0.02  # standard deviation of the weights
+DEPTH, DUAL_BLOCKS, POSITIONS = 24, 13, 384  # SD3.5-Medium's
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    model = toys.mmdit_shapes(DEPTH, positions=POSITIONS, dual_blocks=DUAL_BLOCKS)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def random_blocks(qtype: T) -> torch.Tensor:
+    """(POOL, bytes) random blocks of a K-quant; the scales' fields of each are set by hand."""
+    generator, size = torch.Generator().manual_seed(0), gguf.GGML_QUANT_SIZES[qtype][1]
+    blocks = torch.randint(0, 256, (POOL, size), generator=generator, dtype=torch.uint8)
+    if qtype is T.Q6_K:
+        scales = torch.randint(-8, 8, (POOL, 16), generator=generator)
+        blocks[:, 192:208], halves = scales.to(torch.uint8), {208: SPREAD / 4.6 / 18.5}
+    elif qtype is T.Q4_K:  # weights d·scale·q - dmin·min around zero: scale, min < 64, q < 16
+        d = SPREAD / 4.6 / 37
+        halves = {0: d, 2: 7.5 * d}
+    else:
+        raise ValueError(f"no random blocks of {qtype.name}: Q6_K and Q4_K are measured")
+    for at, value in halves.items():
+        half = torch.full((POOL, 1), value, dtype=torch.float16)
+        blocks[:, at : at + 2] = half.view(torch.uint8)
+    return blocks
+
+
+def gguf_file(folder: Path, qtype: T) -> Path:
+    """The GGUF file, made if it is not there: matrices of `qtype`, the rest F16 and F32."""
+    path, block = folder / f"medium-{qtype.name}.gguf", gguf.GGML_QUANT_SIZES[qtype][0]
+    if not path.exists():
+        pool, tensors = random_blocks(qtype), []
+        for name, shape in shapes().items():
+            numel = torch.Size(shape).numel()
+            if len(shape) == 2 and shape[1] % block == 0:
+                tensors.append((name, (partial(_repeat, pool, numel // block), qtype, shape)))
+            else:
+                dtype = torch.float16 if len(shape) > 1 else torch.float32
+                tensors.append((name, torch.full(shape, SPREAD, dtype=dtype)))
+        write_gguf(str(path), "sd3", {}, tensors)
+    return path
+
+
+def _repeat(pool: torch.Tensor, n: int) -> torch.Tensor:
+    return pool.repeat(-(-n // len(pool)), 1)[:n]
+
+
+def dense_files(folder: Path) -> dict[str, Path]:
+    """ "F16": the same shapes unquantised, as checkpoints come; "CLIP-L", "CLIP-G" and "VAE":
+    what stable-diffusion.cpp wants beside a diffusion model. Made if they are not there.
+    """
+    clips = {"CLIP-L": (768, 12, 12, 3072, "quick_gelu"), "CLIP-G": (1280, 32, 20, 5120, "gelu")}
+    makers = {name: partial(clip_shapes, *sizes) for name, sizes in clips.items()}
+    paths = {}
+    for name, make in ({"F16": shapes, "VAE": vae_shapes} | makers).items():
+        paths[name] = folder / f"medium-{name}.safetensors"
+        if not paths[name].exists():
+            save_file({key: _normal(shape) for key, shape in make().items()}, paths[name])
+    return paths
+
+
+def _normal(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float16).normal_(std=SPREAD)
+
+
+def clip_shapes(width: int, layers: int, heads: int, inner: int, activation: str):
+    config = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        "hidden_act": activation,
+        "max_position_embeddings": 77,
+        "eos_token_id": 49407,
+    }
+    model = CLIPTextModel(config, torch.float32, "meta", comfy.ops.disable_weight_init)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def vae_shapes() -> dict[str, tuple[int, ...]]:
+    """SD3's VAE: the host's default one with 16 channels."""
+    config = {"double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3}
+    config |= {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": []}
+    parts = {"encoder": Encoder(**config), "decoder": Decoder(**config)}
+    return {
+        f"{part}.{name}": tuple(tensor.shape)
+        for part, module in parts.items()
+        for name, tensor in module.state_dict().items()
+    }

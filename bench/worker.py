@@ -1,0 +1,246 @@
+"""One side of a comparison in a process of its own: it answers a line of JSON with another.
+
+    {"do": "load", "file": …}           -> {"wall", "cpu"} seconds
+    {"do": "step", "pixels": 256}       -> the same, of one sampling step
+    {"do": "loras", "count": 4}         -> {} from now on the model has so many rank-16 LoRAs
+    {"do": "memory"}                    -> {"bytes"} at the most so far
+    {"do": "rates", …}, {"do": "files"} -> see `rates` and `files`
+
+A process of its own keeps memory apart, and the sides can take turns.
+"""
+
+import importlib
+import json
+import os
+import queue
+import resource
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+TOKENS, WIDTH, POOLED = 77, 4096, 2048  # SD3's text, encoded
+RANK = 16
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def now() -> dict[str, float]:
+    return {name: clock() for name, clock in CLOCKS.items()}
+
+
+def since(start: dict[str, float]) -> dict[str, float]:
+    return {name: clock() - start[name] for name, clock in CLOCKS.items()}
+
+
+def seconds(run) -> dict[str, float]:
+    start = now()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return since(start)
+
+
+class Host:
+    """ComfyUI itself, with an unquantised model."""
+
+    def __init__(self):
+        self.model, self.plain = None, None
+
+    def load_model(self, file: str):
+        import comfy.sd
+
+        return comfy.sd.load_diffusion_model(file)
+
+    def load(self, file: str) -> dict:
+        def run():
+            self.model = self.plain = self.load_model(file)
+
+        return seconds(run)
+
+    def step(self, pixels: int) -> dict:
+        import comfy.sample
+
+        g = torch.Generator().manual_seed(0)
+        pooled = {"pooled_output": torch.randn(1, POOLED, generator=g)}
+        cond = [[torch.randn(1, TOKENS, WIDTH, generator=g), pooled]]
+        noise = torch.randn(1, 16, pixels // 8, pixels // 8, generator=g)
+
+        def run():
+            with torch.inference_mode():
+                drawn = comfy.sample.sample(
+                    *(self.model, noise, 1, 1.0, "euler", "simple", cond, cond),
+                    torch.zeros_like(noise),
+                    seed=0,
+                    disable_pbar=True,
+                )
+            if not drawn.isfinite().all():
+                raise ValueError("the picture is not finite")
+
+        return seconds(run)
+
+    def loras(self, count: int) -> dict:
+        import comfy.sd
+
+        self.model = self.plain
+        for seed in range(count):
+            file = random_lora(self.plain, seed)
+            self.model = comfy.sd.load_lora_for_models(self.model, None, file, 0.5, 0)[0]
+        return {}
+
+
+class FewStep(Host):
+    """This project, with a GGUF file."""
+
+    def load_model(self, file: str):
+        from fewstep.host import loading
+
+        return loading.load_diffusion_model(file)
+
+    def rates(self, weights: int, repeats: int, clock: str) -> dict:
+        """Gel/s of dequantising to bfloat16 by type, and of copying float32 to bfloat16."""
+        from fewstep.quant import QTYPES, dequantize
+
+        out = torch.empty(weights, dtype=torch.bfloat16)
+        floats = torch.randn(weights)
+        runs = {"copy": lambda: out.copy_(floats)}
+        for qtype, row in QTYPES.items():
+            blocks = torch.zeros(weights // row.block_size, row.type_size, dtype=torch.uint8)
+            blocks.random_(0, 64)
+            runs[qtype.name] = lambda b=blocks, t=qtype: dequantize(
+                b, t, (weights,), torch.bfloat16, out
+            )
+        times = {name: [] for name in runs}
+        for turn in range(repeats + 1):
+            for name, run in runs.items():
+                spent = seconds(run)[clock]
+                if turn:  # the first one compiles
+                    times[name].append(spent)
+        rate = {name: sorted(weights / t / 1e9 for t in spent) for name, spent in times.items()}
+        return {"rates": rate}
+
+    def files(self, folder: str, types: list[str]) -> dict:
+        """Makes the files of the comparison. -> their paths by type, and see `dense_files`."""
+        from fewstep.bench import files
+        from gguf import GGMLQuantizationType
+
+        made = {t: files.gguf_file(Path(folder), GGMLQuantizationType[t]) for t in types}
+        made |= files.dense_files(Path(folder))
+        return {"paths": {name: str(path) for name, path in made.items()}}
+
+
+class PeerGGUF(Host):
+    """A clone of ComfyUI-GGUF, loaded as ComfyUI loads a pack; its own loader node."""
+
+    def __init__(self, folder: str):
+        super().__init__()
+        sys.path.insert(0, str(Path(folder).parent))
+        self.nodes = importlib.import_module(f"{Path(folder).name}.nodes")
+
+    def load_model(self, file: str):
+        import folder_paths
+
+        folder_paths.add_model_folder_path("unet", str(Path(file).parent))
+        return self.nodes.UnetLoaderGGUF().load_unet(Path(file).name)[0]
+
+
+class Cpp:
+    """stable-diffusion.cpp through its Python package, in one long generation: it waits after each
+    step, in the progress callback, until the next one is asked for. So it can take turns, and never
+    comes to decode a picture. One size for each process.
+    """
+
+    def __init__(self, *parts: str):
+        self.model, self.asked, self.done = None, queue.Queue(), queue.Queue()
+        self.parts = dict(zip(("clip_l_path", "clip_g_path", "vae_path"), parts, strict=True))
+
+    def load(self, file: str) -> dict:
+        from stable_diffusion_cpp import StableDiffusion
+
+        def run():
+            threads = torch.get_num_threads()
+            self.model = StableDiffusion(
+                diffusion_model_path=file, n_threads=threads, verbose=False, **self.parts
+            )
+
+        return seconds(run)
+
+    def step(self, pixels: int) -> dict:
+        if self.model is not None:
+            size = {"width": pixels, "height": pixels}
+            threading.Thread(target=self.generate, args=(self.model, size), daemon=True).start()
+            self.model = None
+            self.done.get()  # the text is encoded
+        self.asked.put(now())
+        return self.done.get()
+
+    def generate(self, model, size: dict[str, int]) -> None:
+        start = now()
+
+        def progress(*_):
+            nonlocal start
+            self.done.put(since(start))
+            start = self.asked.get()
+
+        model.generate_image(
+            prompt="a", sample_steps=1000, cfg_scale=1.0, progress_callback=progress, **size
+        )
+
+
+def random_lora(model, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA of rank RANK on every matrix of the model's blocks, in float16, as they are sold."""
+    g, file = torch.Generator().manual_seed(seed), {}
+    for name, weight in model.model.diffusion_model.named_parameters():
+        if "_blocks." in name and name.endswith(".weight") and weight.ndim == 2:
+            key, (rows, columns) = f"diffusion_model.{name[:-7]}.lora_", weight.shape
+            file[key + "up.weight"] = torch.randn(rows, RANK, generator=g).half() * 0.01
+            file[key + "down.weight"] = torch.randn(RANK, columns, generator=g).half() * 0.01
+    return file
+
+
+SIDES = {"fewstep": FewStep, "host": Host, "peer-gguf": PeerGGUF, "cpp": Cpp}
+
+
+def prepare() -> None:
+    """ComfyUI and the pack importable, on the GPU if there is one."""
+    sys.path.insert(0, str(ROOT))
+    run = importlib.import_module("run")
+    run.load_pack("fewstep")
+    if torch.cuda.is_available():
+        sys.path.insert(0, str(run.comfyui_folder()))
+    else:
+        from fewstep.tests import in_process
+
+        in_process.prepare()
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    side, threads, *arguments = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    sys.argv[1:] = []
+    if side != "cpp":
+        prepare()
+    worker = SIDES[side](*arguments)
+    for line in sys.stdin:
+        request = json.loads(line)
+        action = request.pop("do")
+        answer = peak() if action == "memory" else getattr(worker, action)(**request)
+        print(json.dumps(answer), file=answers)
+    os._exit(0)  # a generation may still be waiting
+
+
+def peak() -> dict:
+    unit = 1 if sys.platform == "darwin" else 1024
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"bytes": size, "device_bytes": device}
+
+
+if __name__ == "__main__":
+    main()

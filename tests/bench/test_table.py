@@ -1,0 +1,42 @@
+"""The benchmark's report: what it says of times that are known."""
+
+from fewstep.bench import table
+
+TURNS = [
+    {"fewstep": 1.0, "host": 3.0},
+    {"fewstep": 2.0, "host": 5.0},
+    {"fewstep": 1.0, "host": 4.0},
+]
+LORAS = [{"0": 1.0, "1": 1.1, "4": 1.2}, {"0": 2.0, "1": 2.0, "4": 2.8}]
+
+
+def result():
+    first = {"type": "Q6_K", "pixels": 256, "side": "host", "load": 1.5, "first_step": 2.0}
+    return {
+        "setting": {"device": "cpu", "threads": 2},
+        "steps": [{"type": "Q6_K", "pixels": 256, "turns": TURNS}],
+        "first": [first | {"bytes": 2_500_000_000, "device_bytes": 0}],
+        "loras": [{"type": "Q6_K", "side": "fewstep", "turns": LORAS}],
+        "rates": {"copy": [4.0, 5.0, 6.0], "Q6_K": [9.0, 10.0, 11.0]},
+    }
+
+
+def test_ratios_are_taken_within_a_turn():
+    """So a turn that was slow for both sides does not show in them."""
+    assert table.ratio(TURNS, "host", "fewstep") == "3.00 (2.50–4.00)"
+    assert table.medians(TURNS) == {"fewstep": 1.0, "host": 4.0}
+
+
+def test_report_has_a_row_for_each_measurement():
+    text = table.report(result())
+    for row in (
+        "| Q6_K | 256² | ComfyUI, unquantised | 4.00 s | 3.00 (2.50–4.00) |",
+        "| Q6_K | 256² | ComfyUI, unquantised | 1.5 s | 3.5 s | 2.5 GB |",
+        "| Q6_K | FewStep | 1.50 s | 1.05 (1.00–1.10) | 1.30 (1.20–1.40) |",
+        "| Q6_K | 10.00 | 9.00–11.00 | 2.00 |",
+    ):
+        assert row in text
+
+
+def test_report_does_without_loras():
+    assert "## LoRAs" in table.report(result() | {"loras": []})
