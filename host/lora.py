@@ -20,6 +20,8 @@ from .side_branch import SideBranch, side_branch
 
 log = logging.getLogger(__name__)
 
+NAMED = 8  # weights that a line of the log names
+
 
 def differ(known: list, patches: list) -> bool:
     return any(a is not b for a, b in zip(known, patches, strict=True))
@@ -94,7 +96,7 @@ def hand_over(patcher, module, key: str, name: str, device: torch.device) -> Non
 
 
 def summary(patcher) -> str:
-    """'LoRA on 200 weights of SD3: 198 as side branches of rank 16 to 64, 2 dense: …'"""
+    """'LoRA on 200 weights of SD3: 198 as side branches of rank 16; 2 added to the weights: …'"""
     branches, dense = [], []
     for key, patches in patcher.patches.items():
         module = patcher.model.get_submodule(key.rpartition(".")[0])
@@ -103,10 +105,12 @@ def summary(patcher) -> str:
         branches.append(branch) if branch else dense.append(key)
     text = f"LoRA on {len(patcher.patches)} weights of {type(patcher.model).__name__}"
     if branches:
-        ranks = [branch.rank for branch in branches]
-        text += f": {len(branches)} as side branches of rank {min(ranks)} to {max(ranks)}"
+        ranks = sorted({branch.rank for branch in branches})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        text += f": {len(branches)} as side branches of {rank}"
     if dense:
-        text += f"; {len(dense)} added to the weights themselves: {', '.join(dense)}"
+        more = f" and {len(dense) - NAMED} more" if len(dense) > NAMED else ""
+        text += f"; {len(dense)} added to the weights: {', '.join(dense[:NAMED])}{more}"
     return text
 
 

@@ -63,4 +63,4 @@ def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
             _dots(tile[:size].reshape(stop - start, columns), vectors, out[start:stop])
 
     in_threads(work, rows, columns)
-    return torch.from_numpy(out).T
+    return torch.from_numpy(out).T.contiguous()
