@@ -12,25 +12,23 @@ from gguf import GGMLQuantizationType as T
 from numpy import ndarray as Array
 
 from .codebook import codebook
-from .numba_jit import ONE, ZERO, f4, i4, jit, u1
+from .numba_jit import ONE, ZERO, f4, jit, u1
 from .numba_vector import (
     LANES,
+    first_of,
     floats,
     greater,
     helper,
-    largest_lane,
     lesser,
     load,
     load_bytes,
     nearest,
-    select,
     smallest_lane,
     splat,
     store_bytes,
 )
 
 _LARGEST, _HALF, _QUARTER = f4(np.finfo(np.float32).max), f4(0.5), f4(0.25)
-_FAR = i4(-(2**30))
 
 
 @cache
@@ -88,26 +86,31 @@ def magnitudes(x, w, even, values, signs):
 
 
 @helper
-def nearest_neighbour(neighbours, x, w, at, dim, scale, lanes):
+def nearest_neighbour(neighbours, x, w, at, dim, scale):
     """The row among a number's neighbours that loses least at weights `at` …"""
     first, count, near, near_values = neighbours
-    best, chunk = splat(_LARGEST), lanes & 0
-    for c in range((count + LANES - 1) // LANES):
+    best, place = _LARGEST, 0
+    for c in range(0, count if count > 1 else 0, LANES):
         d2 = splat(ZERO)
         for i in range(dim):
-            q = floats(load_bytes(near_values, (first + c * LANES) * dim + i * LANES))
+            q = floats(load_bytes(near_values, (first + c) * dim + i * LANES))
             diff = scale * q - x[at + i]
             d2 += w[at + i] * diff * diff
-        better = d2 < best
-        best, chunk = select(better, d2, best), select(better, c * LANES, chunk)
-    place = select(best == smallest_lane(best), 0 - (chunk + lanes), _FAR)
-    return near[first - largest_lane(place)]
+        least = smallest_lane(d2)
+        if least < best:
+            same = d2 == least
+            best, place = least, c + first_of(same, same)
+    return near[first + place]
 
 
 @helper
-def find_rows(x, w, at, size, dim, levels, scales, book, codes, lanes, rows, on):
-    """The rows for a sub-block's codes at scales = (1/scale, scale); do they have these codes?"""
-    inv, scale = scales
+def find_rows(x, w, at, size, dim, levels, scales, book, codes, numbers, rows, on):
+    """The rows for a sub-block's codes at scales = (1/scale, scale); on: do they have these codes?
+
+    rows, on (vectors,) and numbers, the codes as numbers, hold those of the try before; returned is
+    whether any has changed.
+    """
+    (inv, scale), changed = scales, False
     index, first, count, near, near_values, _ = book
     for i in range(0, size, LANES):
         code = nearest(_HALF * (inv * load(x, at + i) - ONE))
@@ -116,12 +119,16 @@ def find_rows(x, w, at, size, dim, levels, scales, book, codes, lanes, rows, on)
         number = 0
         for i in range(dim - 1, -1, -1):
             number = number * levels + codes[k * dim + i]
-        row, on[k] = index[number], 1
+        row, same = index[number], number == numbers[k]
+        if row >= 0 and same:
+            continue
+        numbers[k], on[k] = number, row >= 0
         if row < 0:
-            on[k] = 0
             some = first[number], count[number], near, near_values
-            row = nearest_neighbour(some, x, w, at + k * dim, dim, scale, lanes)
+            row = nearest_neighbour(some, x, w, at + k * dim, dim, scale)
+        changed |= not same or row != rows[k]
         rows[k] = row
+    return changed
 
 
 @helper
@@ -152,9 +159,8 @@ def search(
 ):
     """scales and zero (columns,), rows (columns, vectors) int32; again: 0 off, 1 all, 2 always."""
     top, vectors, values = 2 * levels - 1, size // dim, book[5]
-    codes, lane_numbers = np.empty(32, np.uint8), np.arange(LANES).astype(np.uint8)
-    tried, on, tried_on = np.empty((3, vectors), np.int32)
-    lanes = load_bytes(lane_numbers, 0)
+    codes = np.empty(32, np.uint8)
+    tried, on, tried_on, numbers = np.empty((4, vectors), np.int32)
     for column in range(len(scales)):
         at, found = column * size, rows[column]
         amax, flat = steps_to_begin(x, at, size, f4(eps))
@@ -167,10 +173,14 @@ def search(
         zero[column], scales[column] = flat, ZERO
         if flat:
             continue
+        numbers[:] = -1
         for k in range(-tries, tries + 1):
             inv = (f4(top) + f4(k) * f4(step)) / amax
             both = inv, ONE / inv
-            find_rows(x, roots, at, size, dim, levels, both, book, codes, lanes, tried, tried_on)
+            if not find_rows(
+                x, roots, at, size, dim, levels, both, book, codes, numbers, tried, tried_on
+            ):
+                continue  # the sums are those of the try before
             sumqx, sumq2 = sums_of(x, w, at, dim, tried, values)
             if sumq2 > ZERO and sumqx * sumqx > best * sumq2:
                 scale = sumqx / sumq2
@@ -179,7 +189,7 @@ def search(
         all_on = on.min() == 1
         if scale > ZERO and (again == 2 or not all_on):
             both = ONE / scale, scale
-            find_rows(x, roots, at, size, dim, levels, both, book, codes, lanes, tried, tried_on)
+            find_rows(x, roots, at, size, dim, levels, both, book, codes, numbers, tried, tried_on)
             for k in range(vectors):
                 if again > 0 or on[k] == 0:
                     found[k] = tried[k]
