@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 WORKFLOWS = run.ROOT / "workflows" / "api"
 MODEL = run.ROOT / "demo" / "models" / "diffusion_models" / "fewstep-demo.gguf"
 STEPS = {"demo": None, "sd35_few_step": 4, "lora_on_gguf": 8, "schedule_by_hand": 8}
+WRITES = ("quantize",)  # they draw too, but report more than a sampler's steps
 SMALL = {  # what stands in for the files of SD3.5, so that its workflows run here
     "model_name": "fewstep-demo.gguf",
     "encoder_1": "fewstep-demo-clip-l.gguf",
@@ -76,7 +77,16 @@ def test_every_workflow_draws_in_the_steps_it_promises(server, lora, name):
 
 
 def test_every_workflow_is_known_here():
-    assert set(STEPS) == {path.stem for path in WORKFLOWS.glob("*.json")}
+    assert {*STEPS, *WRITES} == {path.stem for path in WORKFLOWS.glob("*.json")}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_workflow_that_writes_also_reports_and_draws(server, name):
+    outputs = server.run(run.read_workflow(WORKFLOWS / f"{name}.json")).values()
+    assert sum("text" in output for output in outputs) == 2
+    assert sum("images" in output for output in outputs) == 2
+    assert list(server.output.rglob("*flash-4*.gguf"))
+    assert list((server.output / "importance").iterdir())
 
 
 def test_the_stock_lora_changes_the_picture(server, lora):
@@ -118,7 +128,7 @@ def test_a_refused_workflow_names_the_node_and_the_reason(server):
 
 def test_templates_and_their_pictures_are_served(server):
     names = server.get("/workflow_templates")["fewstep"]
-    assert set(names) == set(STEPS)
+    assert set(names) == {*STEPS, *WRITES}
     for name in names:
         picture = server.get(f"/api/workflow_templates/fewstep/{name}.jpg")
         assert Image.open(io.BytesIO(picture)).size == (512, 512)
