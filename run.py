@@ -166,11 +166,12 @@ def demo(options):
 def warn_of_unknown(prompts):
     """Say which prompts the demo's small model was not taught to read."""
     captions = load_module("fewstep_captions", ROOT / "demo" / "captions.py")
-    for prompt in prompts:
-        try:
-            captions.parse_caption(prompt)
-        except ValueError:
-            say(f"Note: the demo's model cannot read {prompt!r}. {captions.GRAMMAR}")
+    unknown = [prompt for prompt in prompts if not captions.is_caption(prompt)]
+    for prompt in unknown:
+        why = "" if "background" in prompt else ": it does not say on which background"
+        say(f"Note: the demo's model cannot read {prompt!r}{why}. The picture will be a guess.")
+    if unknown:
+        say(captions.GRAMMAR)
 
 
 def wait_for_ctrl_c(host):

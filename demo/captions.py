@@ -107,6 +107,15 @@ def parse_caption(text: str) -> Caption:
     return Caption(objects, _spell(background), relation)
 
 
+def is_caption(text: str) -> bool:
+    """Whether a sentence is one of the grammar."""
+    try:
+        parse_caption(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _spell(colour: str) -> str:
     return "gray" if colour == "grey" else colour
 

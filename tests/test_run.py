@@ -220,10 +220,13 @@ def test_a_value_without_a_place_is_refused(name):
 
 
 def test_prompts_outside_the_demos_grammar_are_named(capsys):
-    run.warn_of_unknown(["a red ring on a blue background", "a red ring", "a dog"])
-    noted = capsys.readouterr().out.splitlines()
-    assert len(noted) == 2 and "'a red ring'" in noted[0] and "'a dog'" in noted[1]
-    assert all("three orange triangles on a cyan background" in line for line in noted)
+    run.warn_of_unknown(["a red ring on a blue background", "a red ring", "a dog on a background"])
+    *noted, grammar = capsys.readouterr().out.splitlines()
+    assert len(noted) == 2 and "'a red ring': it does not say" in noted[0]
+    assert "'a dog on a background'." in noted[1]
+    assert "three orange triangles on a cyan background" in grammar
+    run.warn_of_unknown(run.DEMO_PROMPTS)
+    assert not capsys.readouterr().out
 
 
 def test_file_names_are_safe_short_and_distinct():
