@@ -16,10 +16,33 @@ from .numba_search import (
     make_qx_quants,
     to_lanes,
 )
-from .numba_vector import LANES, load, root, splat, store
+from .numba_vector import (
+    LANES,
+    bits_of,
+    greater,
+    largest_lane,
+    load,
+    root,
+    splat,
+    store,
+)
 from .search import MAX_EPS
 
 _EPS = f4(MAX_EPS)
+_EXPONENT, _INF = 0x7F800000, f4(np.inf)
+
+
+@jit
+def all_finite(x):
+    """Neither NaN nor infinity, whose exponents are the highest."""
+    whole = len(x) // LANES * LANES
+    largest = bits_of(splat(ZERO))
+    for i in range(0, whole, LANES):
+        largest = greater(largest, bits_of(abs(load(x, i))))
+    found = largest_lane(largest) < _EXPONENT
+    for v in x[whole:]:
+        found &= abs(v) < _INF
+    return found
 
 
 @jit

@@ -245,14 +245,25 @@ def quantize_blocks(
             with np.errstate(over="ignore"):  # squares may, as in ggml
                 function(numbers[part], None if w is None else w[part], blocks[part])
 
-    n = len(numbers)
-    threads = max(1, min(torch.get_num_threads(), n * size // _LEAST))
+    _in_threads(work, len(numbers), numbers.size)
+
+
+def _in_threads(work: Callable[[int, int], object], n: int, weights: int) -> list:
+    """What work(first, end) returns for shares of n things that are so many weights together."""
+    threads = max(1, min(torch.get_num_threads(), weights // _LEAST))
     bounds = [n * i // threads for i in range(threads + 1)]
     if threads == 1:
-        work(0, n)
-        return
+        return [work(0, n)]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(work, bounds, bounds[1:]))
+        return list(pool.map(work, bounds, bounds[1:]))
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether a contiguous float32 tensor holds neither NaN nor infinity."""
+    flat = x.detach().view(-1).numpy()
+    return all(
+        _in_threads(lambda first, end: groups.all_finite(flat[first:end]), len(flat), len(flat))
+    )
 
 
 def weigh_rows(x: Tensor, importance: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _check_input(x: Tensor, qtype: GGMLQuantizationType) -> None:
             f"{qtype.name} packs {size} weights a block, which does not divide rows of "
             f"{x.shape[1]}: choose a type with smaller blocks"
         )
-    if x.numel() and not torch.stack(x.aminmax()).isfinite().all():  # one pass; NaN shows in both
+    if x.numel() and not _all_finite(x):
         finite = x.isfinite()
         place = tuple((~finite).nonzero()[0].tolist())
         count = x.numel() - int(finite.sum())
@@ -149,6 +149,14 @@ def _check_input(x: Tensor, qtype: GGMLQuantizationType) -> None:
             f"{count} of {x.numel()} weights are NaN or infinite, the first, {x[place].item()}, "
             f"at {place}: {qtype.name} cannot hold them; repair the source"
         )
+
+
+def _all_finite(x: Tensor) -> bool:
+    """In one pass; without torch's threads on the CPU, which wait by spinning."""
+    kernels = _kernels() if x.is_cpu and x.is_contiguous() else None
+    if kernels is not None:
+        return kernels.all_finite(x)
+    return bool(torch.stack(x.aminmax()).isfinite().all())  # NaN shows in both
 
 
 def _check_importance(importance: Tensor, x: Tensor) -> None:
