@@ -97,7 +97,7 @@ def main() -> None:
     print(f"{'million weights/s':24} {'ggml':>8} {'ours':>8} {'ratio':>6}")
     rows = compare(options)
     setting |= {"threads": options.threads, "weights": options.size, "repeats": options.repeats}
-    setting["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "")  # torch's threads spin, or not
+    setting["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "")  # do torch's threads spin
     setting["clock"] = "processor time of all threads" if options.cpu else "wall"
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(
