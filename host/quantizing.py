@@ -13,6 +13,7 @@ import torch
 from ..flow import Preset
 from ..quant.budget import fit, parse_budget
 from ..quant.convert import Options, check_destination, check_importance, convert
+from ..quant.effort import EFFORTS
 from ..quant.importance import read_importance
 from ..quant.plan import make_plan
 from ..quant.plot import picture_of
@@ -29,11 +30,13 @@ def quantize_model(
     budget: str = "",
     importance: str | None = None,
     preset: Preset | None = None,
+    effort: str = EFFORTS[0],
 ) -> Report:
     """Write a MODEL, LoRAs baked in, as `destination`; what that cost.
 
     recipe: a recipe's or type's name; `budget`, unless empty ('1.8GB', '4.5bpw'), goes before it.
     importance: path of an importance file. preset: the schedule to write; None: the MODEL's own.
+    effort: see `quant.quantize`.
 
     Raises: GGUFError naming what is wrong; the host's interrupt. Nothing is left behind then.
     """
@@ -46,7 +49,8 @@ def quantize_model(
     if room:
         check_destination(plan, destination, size=0)
         plan = fit(plan, room(plan), weighing, progress)
-    report = convert(plan, destination, options=Options(progress=progress, importance=weighing))
+    options = Options(progress=progress, importance=weighing, effort=effort)
+    report = convert(plan, destination, options=options)
     report.title = report.title.replace(str(destination), in_output(destination))
     return report
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from ..host import comparing, folders, importance, quantizing, sampling
 from ..host.preflight import preflight
 from ..quant import writable_types
+from ..quant.effort import EFFORTS
 from ..quant.recipes import RECIPES
 from .sampling import PresetNode
 
@@ -59,6 +60,15 @@ class FewStepQuantize(PresetNode):
                     "or an imatrix GGUF, from output/importance or models/importance.",
                 ),
                 cls.preset_input(optional=True, advanced=True),
+                io.Combo.Input(
+                    "effort",
+                    options=list(EFFORTS),
+                    default=EFFORTS[0],
+                    optional=True,
+                    advanced=True,
+                    tooltip="'ggml' writes the bytes that ggml writes; 'high' searches longer, "
+                    "for less error of Q3_K to Q6_K in the same format.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="file", tooltip="Its name in the output folder."),
@@ -77,7 +87,14 @@ class FewStepQuantize(PresetNode):
 
     @classmethod
     def execute(
-        cls, model, recipe, filename_prefix, budget="", importance=NONE, preset=sampling.AUTO
+        cls,
+        model,
+        recipe,
+        filename_prefix,
+        budget="",
+        importance=NONE,
+        preset=sampling.AUTO,
+        effort=EFFORTS[0],
     ) -> io.NodeOutput:
         budget = budget.strip()
         path = quantizing.output_file(f"{filename_prefix}-{budget or recipe}")
@@ -88,6 +105,7 @@ class FewStepQuantize(PresetNode):
             budget,
             None if importance == NONE else folders.importance_path(importance),
             None if preset == sampling.AUTO else sampling.named_preset(preset),
+            effort,
         )
         name, text, plot = quantizing.in_output(path), report.text(), quantizing.plot(report)
         shown = ui.PreviewImage(plot, cls=cls).as_dict() | ui.PreviewText(text).as_dict()

@@ -8,6 +8,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfy.cli_args import args
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from fewstep.flow import find_preset, preset_from_metadata
@@ -33,6 +34,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """The host as started with --fp32-unet: no product is rounded to bfloat16."""
+    monkeypatch.setattr(args, "fp32_unet", True)
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +150,15 @@ def test_a_budget_goes_before_the_recipe(model):
     file = GGUFFile(path)
     weights = sum(t.numel() for t in toys.mmdit().values())
     assert sum(info.nbytes for info in file.tensors.values()) <= 20 / 8 * weights
+
+
+def test_effort_reaches_the_search():
+    state_dict = toys.mmdit(depth=4)
+    model = comfy.sd.load_diffusion_model_state_dict(dict(state_dict))
+    path, _, _ = write(model, "Q4_K", effort="high")
+    name = "joint_blocks.0.x_block.attn.proj.weight"
+    expected = quantize(state_dict[name], T.Q4_K, effort="high")
+    assert torch.equal(GGUFFile(path).blocks(name), expected)
 
 
 def test_files_are_numbered_and_never_replaced(model, output):
