@@ -37,13 +37,10 @@ def report(result: dict) -> str:
     ]
     head = ["Type", "Picture", "Side", "A step", "Times ours (least–most)"]
     lines += ["", "## A sampling step", "", *rows(head, body)]
-    lines += [
-        "",
-        "## File to first step, and memory",
-        "",
-        *first_and_memory(result),
-    ]
-    lines += ["", "## LoRAs of rank 16 on every block", "", *loras(result)]
+    if result["first"]:
+        lines += ["", "## File to first step, and memory", "", *first_and_memory(result)]
+    if result["loras"]:
+        lines += ["", "## LoRAs of rank 16 on every block", "", *loras(result)]
     lines += ["", "## Dequantising to bfloat16", "", *rates(result["rates"])]
     return "\n".join(lines)
 
@@ -64,7 +61,7 @@ def first_and_memory(result: dict) -> list[str]:
 
 
 def loras(result: dict) -> list[str]:
-    counts = list(result["loras"][0]["turns"][0]) if result["loras"] else []
+    counts = list(result["loras"][0]["turns"][0])
     body = [
         [row["type"], LABELS[row["side"]], f"{medians(row['turns'])['0']:.2f} s"]
         + [ratio(row["turns"], count, "0") for count in counts[1:]]

@@ -49,6 +49,8 @@ class Host:
     """ComfyUI itself, with an unquantised model."""
 
     def __init__(self):
+        for module in ("comfy.sample", "comfy.sd"):
+            importlib.import_module(module)  # before any clock runs
         self.model, self.plain = None, None
 
     def load_model(self, file: str):
@@ -96,10 +98,12 @@ class Host:
 class FewStep(Host):
     """This project, with a GGUF file."""
 
-    def load_model(self, file: str):
-        from fewstep.host import loading
+    def __init__(self):
+        super().__init__()
+        self.loading = importlib.import_module("fewstep.host.loading")
 
-        return loading.load_diffusion_model(file)
+    def load_model(self, file: str):
+        return self.loading.load_diffusion_model(file)
 
     def rates(self, weights: int, repeats: int, clock: str) -> dict:
         """Gel/s of dequantising to bfloat16 by type, and of copying float32 to bfloat16."""

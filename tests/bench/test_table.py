@@ -38,5 +38,6 @@ def test_report_has_a_row_for_each_measurement():
         assert row in text
 
 
-def test_report_does_without_loras():
-    assert "## LoRAs" in table.report(result() | {"loras": []})
+def test_report_leaves_out_what_was_not_measured():
+    text = table.report(result() | {"loras": [], "first": []})
+    assert "LoRA" not in text and "memory" not in text and "A sampling step" in text
