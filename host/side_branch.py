@@ -49,12 +49,12 @@ class SideBranch:
         if self.made_for != (input.dtype, input.device):
             self.joined, self.made_for = self.join(input), (input.dtype, input.device)
         flat, x = output.view(-1, output.shape[-1]), input.reshape(-1, input.shape[-1])
-        for rows, columns, up, down, scale in self.joined:
-            flat[:, rows].addmm_(linear(x[:, columns], down) * scale, up.T)
+        for rows, columns, up, down in self.joined:
+            flat[:, rows].addmm_(linear(x[:, columns], down), up.T)
         return output
 
-    def join(self, like: Tensor) -> list[tuple[slice, slice, Tensor, Tensor, Tensor]]:
-        """(rows, columns, up, down, scale of each rank), one for each part of the weight."""
+    def join(self, like: Tensor) -> list[tuple[slice, slice, Tensor, Tensor]]:
+        """(rows, columns, up with its scale, down), one for each part of the weight."""
         parts = {}
         for term in self.terms:
             place = (term.rows.start, term.rows.stop, term.columns.start, term.columns.stop)
@@ -63,9 +63,9 @@ class SideBranch:
 
 
 def _join(terms: list[Term], like: Tensor):
-    ups, downs = ([getattr(t, side).to(like) for t in terms] for side in ("up", "down"))
-    scale = torch.tensor([t.scale for t in terms for _ in range(len(t.down))]).to(like)
-    return terms[0].rows, terms[0].columns, torch.cat(ups, 1), torch.cat(downs), scale
+    up = torch.cat([(term.up.float() * term.scale).to(like) for term in terms], 1)
+    down = torch.cat([term.down.to(like) for term in terms])
+    return terms[0].rows, terms[0].columns, up, down
 
 
 def side_branch(patches: list[tuple], shape: tuple[int, ...]) -> SideBranch | None:
