@@ -249,7 +249,8 @@ def test_recipe_runs_every_stage_and_goes_on(tmp_path):
     for _ in range(2):
         recipe.train_stages(tmp_path, recipe.STAGES, samples=320, config=TOY)
     assert load_checkpoint(tmp_path / "teacher.pt")["done"]["samples"] == 320
-    assert load_checkpoint(tmp_path / "decoder.pt")["done"]["samples"] == 16
+    share = 320 * recipe.STAGES["decoder"][1]
+    assert share <= load_checkpoint(tmp_path / "decoder.pt")["done"]["samples"] < share + 16
     model = recipe.load_flow_model(tmp_path / "reflow2.pt", TOY)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     recipe.load_vae(tmp_path)
