@@ -4,7 +4,8 @@ ComfyUI computes in float32 on every CPU. One with bfloat16 instructions (AVX-51
 BF16) multiplies bfloat16 matrices about four times as fast, and sums them in float32. So here a
 weight that is quantised, or stored in bfloat16, meets activations rounded to bfloat16, and the
 result returns to the activations' type, in which all the rest of the model is computed. Weights
-stored more finely (float16, float32) are multiplied as the host would.
+stored more finely (float16, float32) are multiplied as the host would, and so are small ones, where
+it would bring little: small models draw just as their dequantised weights do.
 
 `--fp32-unet`, `--fp32-text-enc`, `--force-fp32`, or the node ModelComputeDtype, ask the host for
 float32: then all is computed as the host would, bit for bit. (The host itself sets a compute type,
@@ -23,6 +24,9 @@ from ..quant import multiply_few as multiply_blocks
 from .layout import is_gguf
 
 log = logging.getLogger(__name__)
+
+LARGE_WEIGHT = 2**20  # weights of a matrix above which its product is worth rounding for
+LARGE_QUERY = 2**18  # numbers in an attention's queries, likewise
 
 
 @cache
@@ -48,6 +52,7 @@ def may_round(module: torch.nn.Module, input: torch.Tensor) -> bool:
         input.device.type == "cpu"
         and input.dtype == torch.float32
         and not module.gguf_exact
+        and module.in_features * module.out_features > LARGE_WEIGHT
         and (module.gguf_text or not module.comfy_force_cast_weights)
     )
 
@@ -86,7 +91,8 @@ class Attention:
 
     def __call__(self, default, q, k, v, heads, mask=None, **options):
         patcher = self.model.current_patcher
-        if q.device.type != "cpu" or (patcher is not None and patcher.force_cast_weights):
+        exact = patcher is not None and patcher.force_cast_weights
+        if exact or q.device.type != "cpu" or q.numel() <= LARGE_QUERY:
             return default(q, k, v, heads, mask=mask, **options)
         dtype = q.dtype
         if dtype == torch.float32 and multiplies_bfloat16():

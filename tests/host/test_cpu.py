@@ -22,8 +22,12 @@ ERROR = 2**-8
 
 @pytest.fixture
 def bfloat16(monkeypatch):
-    """As on a CPU that multiplies bfloat16; others compute the same, but slowly."""
+    """As on a CPU that multiplies bfloat16 (others compute the same, but slowly), and as if the
+    toys here were large enough for it to pay.
+    """
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu, "LARGE_WEIGHT", 0)
+    monkeypatch.setattr(cpu, "LARGE_QUERY", 0)
 
 
 def relative_error(value, truth):
@@ -93,6 +97,20 @@ def test_a_sampled_latent_is_close_to_the_dequantised_models(bfloat16, tmp_path,
     drawn, truth = sample(model), sample(comfy.sd.load_diffusion_model_state_dict(dense))
     assert not torch.equal(drawn, truth)
     assert relative_error(drawn, truth) < 0.01
+
+
+def test_a_small_model_draws_as_its_dequantised_weights(tmp_path):
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(depth=4), T.Q6_K)
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    assert torch.equal(sample(model), sample(comfy.sd.load_diffusion_model_state_dict(dense)))
+
+
+def test_a_large_weight_is_multiplied_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    x = torch.randn(1, 8, 2048)
+    for rows, dtype in ((512, torch.float32), (768, torch.bfloat16)):
+        linear, _, _ = layer(T.Q6_K, rows, 2048)
+        assert cpu.product_dtype(linear, x) == dtype
 
 
 def test_compute_dtype_node_asks_for_float32(bfloat16, tmp_path):
