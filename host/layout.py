@@ -36,7 +36,7 @@ class GGUFLayout(QuantizedLayout):
         """(…, row) float -> blocks. The host's options (`scale`, `stochastic_rounding`) have no
         meaning for ggml blocks: their scales follow from the values alone.
 
-        Raises: GGUFError for the few types that cannot be written, and for what is not finite.
+        Raises: GGUFError for the few types that need an importance, and for what is not finite.
         """
         rows = tensor.detach().float().reshape(-1, tensor.shape[-1])
         try:

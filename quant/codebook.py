@@ -66,7 +66,7 @@ SEARCHES = {
         Search(T.IQ2_XXS, 32, 2, 6, 0.1, MAX_EPS, 1.0, 1.0, even=True, again="always"),
     )
 }
-NEED_IMPORTANCE = frozenset((T.IQ2_XS, T.IQ2_XXS))  # ggml_quantize_requires_imatrix
+NEED_IMPORTANCE = frozenset((T.IQ2_XS, T.IQ2_XXS, T.IQ1_S))  # ggml_quantize_requires_imatrix
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,12 @@ class Codebook:
         return sum(code.long() * self.levels**i for i, code in enumerate(codes))
 
 
-@cache
 def codebook(qtype: T, device: torch.device) -> Codebook:
+    return make_codebook(qtype, SEARCHES[qtype].distances, device)
+
+
+@cache
+def make_codebook(qtype: T, distances: int, device: torch.device) -> Codebook:
     values = grid_rows(qtype.name)
     ranks, dim = values.unique(), values.shape[1]
     rows, levels = torch.searchsorted(ranks, values).int(), len(ranks)
@@ -99,16 +103,24 @@ def codebook(qtype: T, device: torch.device) -> Codebook:
     distance = square - 2 * (codes.float() @ rows.float().t()).int()
     distance, order = distance.sort(dim=1, stable=True)
     steps = (distance.diff(dim=1) > 0).cumsum(1)  # how many distances lie before
-    count = 1 + (steps < SEARCHES[qtype].distances).sum(1)
+    count = 1 + (steps < distances).sum(1)
     place = torch.arange(int(count.max())).minimum((count - 1).unsqueeze(1))
     near = order.gather(1, place).int()
     return Codebook(*(t.to(device) for t in (rows, index, near, count)), levels)
 
 
-def _rows_of(
-    book: Codebook, codes: Tensor, x: Tensor, w: Tensor, scale: Tensor
+def rows_of(
+    book: Codebook,
+    codes: Tensor,
+    x: Tensor,
+    w: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row (vectors,) and whether it has these codes; x, w (dim, vectors), scale (vectors,)."""
+    """Row (vectors,) and whether it has these codes; x, w (dim, vectors), scale (vectors,).
+
+    shift (vectors,): then a code stands for code - 1 + shift, as in IQ1, and not for 2·code + 1.
+    """
     number = book.number(codes)
     row = book.index[number]
     off = (row < 0).nonzero().squeeze(1)
@@ -116,7 +128,8 @@ def _rows_of(
     best = torch.full_like(scale, torch.finfo(torch.float32).max)
     found = near[:, 0].clone()
     for column in near.t():
-        q = (2 * book.rows[column] + 1).float()
+        q = book.rows[column].float()
+        q = 2 * q + 1 if shift is None else q - 1 + shift[off].unsqueeze(1)
         diffs = [scale * q[:, i] - x[i] for i in range(len(x))]
         d2 = ordered_sum(torch.stack([w[i] * diff * diff for i, diff in enumerate(diffs)]))
         nearer = d2 < best
@@ -155,7 +168,7 @@ def _search(search: Search, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tenso
     def rows_for(inv: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         wide = [t.repeat_interleave(vectors) for t in (inv, scale)]
         codes = nearest_int(0.5 * (wide[0] * parts[0] - 1)).clamp_(0, book.levels - 1)
-        found = _rows_of(book, codes, *parts, wide[1])
+        found = rows_of(book, codes, *parts, wide[1])
         return found[0].view(columns, vectors), found[1].view(columns, vectors)
 
     def sums(rows: Tensor) -> tuple[Tensor, Tensor]:

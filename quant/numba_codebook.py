@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as T
 from numpy import ndarray as Array
 
-from .codebook import codebook
+from .codebook import Codebook, codebook
 from .numba_jit import ONE, ZERO, f4, jit, u1
 from .numba_vector import (
     LANES,
@@ -32,13 +32,16 @@ _LARGEST, _HALF, _QUARTER = f4(np.finfo(np.float32).max), f4(0.5), f4(0.25)
 
 
 @cache
-def tables(qtype: T) -> tuple[Array, Array, Array, Array, Array, Array]:
+def tables(qtype: T) -> tuple[Array, ...]:
+    return tables_of(codebook(qtype, torch.device("cpu")))
+
+
+def tables_of(book: Codebook) -> tuple[Array, Array, Array, Array, Array, Array]:
     """index, first and count of a number's neighbours, these (rows, and their values), and values.
 
     index, first, count: (numbers,) int32. near: int32, each list padded to sixteens by its last.
     near_values: uint8, (16 neighbours) by (dim) transposed, flattened. values: (rows · dim,) uint8.
     """
-    book = codebook(qtype, torch.device("cpu"))
     index, count, lists = (t.numpy() for t in (book.index, book.count, book.near))
     rows = (2 * book.rows + 1).to(torch.uint8).numpy()
     off = np.flatnonzero(index < 0)

@@ -18,8 +18,10 @@ from torch import Tensor
 from . import (
     codebook,
     effort,
+    iq1_quantize,
     numba_codebook,
     numba_effort,
+    numba_iq1,
     numba_iq4,
     numba_pack,
     numba_small,
@@ -202,6 +204,17 @@ def _codebook(qtype: T, x: Array, w: Array | None, out: Array) -> None:
     out[:] = codebook.pack(qtype, *map(torch.from_numpy, found)).numpy()
 
 
+def _iq1(qtype: T, x: Array, w: Array | None, out: Array) -> None:
+    row, flat = iq1_quantize.FORMATS[qtype], x.reshape(-1)
+    weights = flat * flat if w is None else _weigh(x, w, 2.0, 1 / 256)
+    columns = x.size // row.size
+    scales, (rows, down) = _floats(columns), np.empty((2, columns, row.size // 8), np.int32)
+    numba_iq1.search(flat, weights, row.size, row.eps, numba_iq1.tables(), scales, rows, down)
+    found = tuple(map(torch.from_numpy, (scales, rows, down)))
+    parts = (torch.from_numpy(x), torch.from_numpy(weights.reshape(x.shape)))
+    out[:] = iq1_quantize.pack(qtype, found, *parts).numpy()
+
+
 _FUNCTIONS: dict[T, Callable[[Array, Array | None, Array], None]] = {
     T.Q4_0: partial(_symmetric, 8),
     T.Q4_1: partial(_with_minimum, 15),
@@ -224,6 +237,7 @@ _HIGH = {qtype: partial(_high_symmetric, qtype) for qtype in effort.SYMMETRIC} |
     qtype: partial(_high_ranges, qtype) for qtype in effort.RANGES
 }
 _FUNCTIONS |= {qtype: partial(_codebook, qtype) for qtype in codebook.SEARCHES}
+_FUNCTIONS |= {qtype: partial(_iq1, qtype) for qtype in iq1_quantize.FORMATS}
 COMPILED = frozenset(_FUNCTIONS)
 
 

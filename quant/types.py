@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from . import iq, k, legacy, ternary
+from . import iq1_quantize as iq1
 from . import iq4_quantize as iq4
 from . import k_quantize as kq
 from . import microscaling as mx
@@ -105,8 +106,18 @@ QTYPES: dict[GGMLQuantizationType, QType] = {
             "codebook of 256 vectors of 8",
             partial(quantize_by_codebook, qtype=T.IQ2_XXS),
         ),
-        QType(T.IQ1_M, iq.dequantize_iq1_m, "codebook of 2048 ternary vectors of 8, scales for 16"),
-        QType(T.IQ1_S, iq.dequantize_iq1_s, "codebook of 2048 ternary vectors of 8, scales for 32"),
+        QType(
+            T.IQ1_M,
+            iq.dequantize_iq1_m,
+            "codebook of 2048 ternary vectors of 8, scales for 16",
+            iq1.quantize_iq1_m,
+        ),
+        QType(
+            T.IQ1_S,
+            iq.dequantize_iq1_s,
+            "codebook of 2048 ternary vectors of 8, scales for 32",
+            iq1.quantize_iq1_s,
+        ),
         QType(T.TQ2_0, ternary.dequantize_tq2_0, "ternary, two bits each", ternary.quantize_tq2_0),
         QType(T.TQ1_0, ternary.dequantize_tq1_0, "ternary, five in a byte", ternary.quantize_tq1_0),
         QType(

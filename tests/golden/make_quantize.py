@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as T
 
 import quant
 from quant.codebook import NEED_IMPORTANCE, SEARCHES
+from quant.iq1_quantize import FORMATS
 from tests.golden.ggml import Ggml
 
 FILE = Path(__file__).with_name("quantize.npz")
@@ -67,11 +68,11 @@ def importances(rng: np.random.Generator) -> Iterator[tuple[str, np.ndarray | No
 def taken(x: np.ndarray, qtype: T) -> np.ndarray:
     """(rows,) bool: what ggml quantises to these types.
 
-    Where errors overflow it aborts on types with a codebook; in IQ3_S it writes what follows 32
-    zeros to the wrong place.
+    Where errors overflow it aborts on types with a codebook, or reads past its weights (IQ1); in
+    IQ3_S it writes what follows 32 zeros to the wrong place.
     """
     rows = np.ones(len(x), bool)
-    if qtype in SEARCHES:
+    if qtype in SEARCHES or qtype in FORMATS:
         rows &= np.abs(x).max(1) < 1e8
     if qtype == T.IQ3_S:
         rows &= ~(x.reshape(len(x), -1, 32) == 0).all(2).any(1) | ~x.any(1)

@@ -3,6 +3,7 @@
 import builtins
 import importlib
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -159,7 +160,7 @@ def test_error_is_that_of_the_bits(qtype):
         "Q5_1": 0.042, "Q5_0": 0.047, "Q4_K": 0.079, "Q4_1": 0.087, "Q4_0": 0.095,
         "IQ4_NL": 0.084, "IQ4_XS": 0.085, "MXFP4": 0.13, "Q3_K": 0.17, "Q2_K": 0.34,
         "NVFP4": 0.11, "TQ1_0": 0.9, "TQ2_0": 0.9, "IQ3_S": 0.182, "IQ3_XXS": 0.232,
-        "IQ2_S": 0.293, "IQ2_XS": 0.332, "IQ2_XXS": 0.381,
+        "IQ2_S": 0.293, "IQ2_XS": 0.332, "IQ2_XXS": 0.381, "IQ1_M": 0.643, "IQ1_S": 0.534,
     }  # fmt: skip
     assert relative_error(gaussian(16, 1024), qtype) <= bound[qtype.name]
 
@@ -291,11 +292,10 @@ def test_bad_importance_is_told(importance, message):
             quantize(torch.zeros(2, 512), qtype, importance)
 
 
-def test_types_that_cannot_be_written_are_told():
-    unwritable = [qtype for qtype in QTYPES if qtype not in writable_types()]
-    for qtype in unwritable:
-        with pytest.raises(GGUFError, match=rf"{qtype.name} can be read .*writable: .*Q8_0.*Q2_K"):
-            quantize(torch.zeros(2, 256), qtype)
+def test_a_type_that_can_only_be_read_is_told(monkeypatch):
+    monkeypatch.setitem(QTYPES, T.Q4_0, replace(QTYPES[T.Q4_0], quantize_blocks=None))
+    with pytest.raises(GGUFError, match=r"Q4_0 can be read .*writable: .*Q8_0.*Q2_K"):
+        quantize(torch.zeros(2, 256), T.Q4_0)
 
 
 HIGH = pytest.mark.parametrize("qtype", sorted(effort.TYPES), ids=lambda qtype: qtype.name)
@@ -370,7 +370,7 @@ def test_zeros_leave_their_neighbours_in_place(qtype):
     assert (back - x).norm() <= 0.5 * x.norm() and back[0, 64:96].abs().max() < 0.01
 
 
-@pytest.mark.parametrize("qtype", CODEBOOKS, ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("qtype", [*CODEBOOKS, T.IQ1_S, T.IQ1_M], ids=lambda qtype: qtype.name)
 def test_huge_weights_do_not_stop_a_codebook(formulation, qtype):
     """Errors overflow, and ggml aborts; what is written can be read."""
     x = gaussian(2, 256) * 1e38
