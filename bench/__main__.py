@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from . import table
+from .machine import processor
 
 RESULTS = Path(__file__).parent / "results"
 LORA_COUNTS = (0, 1, 4, 8)
@@ -176,19 +176,6 @@ def setting(options: argparse.Namespace) -> dict:
 
         told["stable-diffusion-cpp-python"] = version("stable-diffusion-cpp-python")
     return told
-
-
-def processor() -> str:
-    """The model, and its instructions for bfloat16."""
-    info, name = Path("/proc/cpuinfo"), platform.processor() or platform.machine()
-    if info.exists():
-        fields = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
-        known = {key.strip(): value.strip() for key, value in fields.items()}
-        numbers = ", ".join(f"{k} {known[k]}" for k in ("cpu family", "model") if k in known)
-        name = f"{known.get('model name', name)} ({numbers})"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    found = [key for key, there in capabilities.items() if there and "bf16" in key]
-    return f"{name}, {' '.join(found) or 'no bfloat16 instructions'}"
 
 
 def say(text: str) -> None:

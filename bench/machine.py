@@ -8,7 +8,7 @@ PACKAGES = ("torch", "numba", "llvmlite", "numpy", "gguf")
 
 
 def processor() -> str:
-    """The processor's name, and which of the wide vector instructions it has."""
+    """The processor's name and numbers, and which of the wide vector instructions it has."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
@@ -17,8 +17,9 @@ def processor() -> str:
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
     flags = fields.get("flags", "").split()
+    numbers = [f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields]
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(wide)})"
+    return f"{fields.get('model name', platform.machine())} ({', '.join(numbers + wide)})"
 
 
 def machine() -> dict[str, str]:

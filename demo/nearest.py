@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 
 from .captions import PALETTE, Caption
-from .scenes import JITTER, RADIUS, SIZE, Place, coverage, layouts
+from .scenes import JITTER, RADIUS, SIZE, Place, layouts, silhouette
 
 _AXIS = np.arange(SIZE) + 0.5
 
@@ -20,20 +20,24 @@ def nearest_places(picture: np.ndarray, caption: Caption) -> list[Place]:
     `picture` is (3, 128, 128) float32 in [0, 1] or thereabouts. Of several layouts the one counts
     that has the most of the objects' colours at its spots.
     """
-    finds = [_look_at(picture, caption, spots) for spots in layouts(caption)]
+    solids = _solids(picture, caption)
+    finds = [_look_at(solids, caption, spots) for spots in layouts(caption)]
     return max(finds, key=lambda find: find[0])[1]
 
 
-def _look_at(picture: np.ndarray, caption: Caption, spots) -> tuple[int, list[Place]]:
-    ground = np.float32(PALETTE[caption.background]) / 255
-    total, places = 0, []
-    for (colour, shape), spot in zip(caption.objects, spots, strict=True):
+def _solids(picture: np.ndarray, caption: Caption) -> list[np.ndarray]:
+    """For each object the pixels (128, 128) whose colour is its rather than the background's."""
+    ground, solids = np.float32(PALETTE[caption.background]) / 255, []
+    for colour, _ in caption.objects:
         step = np.float32(PALETTE[colour]) / 255 - ground
-        solid = np.tensordot(step, picture, 1) > step @ (ground + step / 2)
-        seen, place = _measure(solid, shape, spot, len(caption.objects))
-        total += seen
-        places.append(place)
-    return total, places
+        solids.append(np.tensordot(step, picture, 1) > step @ (ground + step / 2))
+    return solids
+
+
+def _look_at(solids: list[np.ndarray], caption: Caption, spots) -> tuple[int, list[Place]]:
+    objects = zip(solids, caption.objects, spots, strict=True)
+    found = [_measure(solid, shape, spot, len(spots)) for solid, (_, shape), spot in objects]
+    return sum(seen for seen, _ in found), [place for _, place in found]
 
 
 def _measure(solid: np.ndarray, shape: str, spot, number: int) -> tuple[int, Place]:
@@ -57,8 +61,7 @@ def _measure(solid: np.ndarray, shape: str, spot, number: int) -> tuple[int, Pla
 @cache
 def _moments(shape: str) -> tuple[float, float, float]:
     """Area and centre of mass (right, down) of a shape of radius 1 around the origin."""
-    axis = np.linspace(-1.2, 1.2, 481)
-    inside = coverage(shape, 1000 * axis[None, :], 1000 * axis[:, None], 1000) > 0.5
+    axis, inside = silhouette(shape)
     area = inside.sum() * (axis[1] - axis[0]) ** 2
     return (
         float(area),

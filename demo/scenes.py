@@ -103,6 +103,12 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndar
     return np.clip(0.5 - DISTANCES[shape](x / radius, y / radius) * radius, 0, 1)
 
 
+def silhouette(shape: str) -> tuple[np.ndarray, np.ndarray]:
+    """An axis (n,) in radii around the origin, and which points (n, n) lie inside the shape."""
+    axis = np.linspace(-1.2, 1.2, 481)
+    return axis, coverage(shape, 1000 * axis[None, :], 1000 * axis[:, None], 1000) > 0.5
+
+
 def _draw_into(picture: np.ndarray, caption: Caption, places: Sequence[Place]) -> None:
     ground = np.float32(PALETTE[caption.background])[:, None, None] / 255
     picture[:] = ground

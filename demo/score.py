@@ -15,7 +15,7 @@ import numpy as np
 from scipy import ndimage
 
 from .captions import COLOURS, PALETTE, SHAPES, Caption, parse_caption
-from .scenes import coverage
+from .scenes import coverage, silhouette
 
 NAMED = 70  # RGB distance within which a colour deserves its name
 APART = 40  # RGB distance from the background at which an object begins
@@ -62,8 +62,7 @@ def name_colour(rgb: np.ndarray) -> str | None:
 
 def _extent(shape: str) -> tuple[float, float, float, float]:
     """Left, right, top, bottom of a shape of radius 1 around the origin."""
-    axis = np.linspace(-1.2, 1.2, 481)
-    inside = coverage(shape, 1000 * axis[None, :], 1000 * axis[:, None], 1000) > 0.5
+    axis, inside = silhouette(shape)
     columns, rows = axis[inside.any(0)], axis[inside.any(1)]
     return columns[0], columns[-1], rows[0], rows[-1]
 

@@ -15,7 +15,6 @@ from .teacher import (
     FlowModel,
     TeacherConfig,
     TeacherTask,
-    compile_blocks,
     empty_prompt,
 )
 
@@ -38,11 +37,7 @@ class GuidanceTask(TeacherTask):
     ):
         super().__init__(config, teacher.text.ids.tolist(), data, device)
         self.scale = scale
-        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.model.load_state_dict(self.teacher.state_dict())
-        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
-        if config.compiled:
-            compile_blocks(self.teacher)
+        self._start_as(teacher)
 
     @torch.no_grad()
     def _target(

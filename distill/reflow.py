@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..flow import sample_euler
-from .teacher import FlowModel, TeacherConfig, TeacherTask, compile_blocks
+from .teacher import FlowModel, TeacherConfig, TeacherTask
 
 Mend = Callable[[Tensor], Tensor]
 
@@ -45,13 +45,9 @@ class ReflowTask(TeacherTask):
         device: torch.device | str = "cpu",
     ):
         super().__init__(config, teacher.text.ids.tolist(), data, device)
-        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
+        self._start_as(teacher)
         self.shape, self.sigmas, self.batches = shape, sigmas.to(self.device), batches
-        self.model.load_state_dict(self.teacher.state_dict())
-        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.pairs: dict[int, tuple[Tensor, Tensor]] = {}
-        if config.compiled:
-            compile_blocks(self.teacher)
 
     def _batch(self, index: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         number = index % self.batches

@@ -102,6 +102,14 @@ class TeacherTask:
         if config.compiled:
             compile_blocks(self.model)
 
+    def _start_as(self, teacher: FlowModel) -> None:
+        """Keep a frozen teacher, and start from its weights."""
+        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
+        self.model.load_state_dict(self.teacher.state_dict())
+        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        if self.config.compiled:
+            compile_blocks(self.teacher)
+
     def step(self, index: int, progress: float) -> Tensor:
         config = self.config
         rate = min((index + 1) / config.warmup, 1.0, (1 - progress) / (1 - config.plateau))

@@ -163,6 +163,15 @@ class _TakeOver:
     def uncast(self, weight, bias, stream):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
+    def apply_weight(self, function, input, patched=True):
+        """function(input, weight, bias), both in the input's type; the result is checked once."""
+        weight, bias, stream = self.cast(input.dtype, input.device, patched)
+        output = function(input, weight, bias)
+        self.uncast(weight, bias, stream)
+        if not self.gguf_checked:
+            self.check(input, weight, output)
+        return output
+
     def check(self, input, weight, output):
         """Once a load: a weight that is not finite is named, instead of a silent black picture."""
         if not output.isfinite().all() and input.isfinite().all() and not weight.isfinite().all():
@@ -193,12 +202,7 @@ def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type
 
     class Conv(TakeOver):
         def forward_comfy_cast_weights(self, input):
-            weight, bias, stream = self.cast(input.dtype, input.device)
-            output = self._conv_forward(input, weight, bias)
-            self.uncast(weight, bias, stream)
-            if not self.gguf_checked:
-                self.check(input, weight, output)
-            return output
+            return self.apply_weight(self._conv_forward, input)
 
     class GGUFOps(host):
         gguf_file = TakeOver.gguf_file
@@ -215,13 +219,9 @@ def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type
 
             def multiply(self, input, branch):
                 x = input.to(product_dtype(self, input))
-                weight, bias, stream = self.cast(x.dtype, x.device, patched=branch is None)
-                output = torch.nn.functional.linear(x, weight, bias)
+                output = self.apply_weight(torch.nn.functional.linear, x, branch is None)
                 if branch is not None:
                     output = branch.add(output, x)
-                self.uncast(weight, bias, stream)
-                if not self.gguf_checked:
-                    self.check(input, weight, output)
                 return output.to(input.dtype)
 
             def is_untouched(self, branch):

@@ -37,6 +37,12 @@ def task(code, config=TOY):
     return TeacherTask(config, recipe.vocabulary(), data)
 
 
+def reflow(code, batches=2):
+    data = partial(recipe.reflow_batch, code, TOY.batch, 0)
+    sigmas = uniform(2, 2.0)
+    return ReflowTask(TOY, random_model(), recipe.LATENT, sigmas, data, batches)
+
+
 def random_model(seed=0):
     """A toy whose zero-initialised layers are filled, so that everything matters."""
     torch.manual_seed(seed)
@@ -54,16 +60,17 @@ def test_loss_falls(code):
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
 
 
-def test_goes_on_to_the_very_same_weights(code, tmp_path):
+@pytest.mark.parametrize("make", [task, reflow])
+def test_goes_on_to_the_very_same_weights(code, tmp_path, make):
     budget = Budget(samples=6 * TOY.batch)
-    whole = task(code)
+    whole = make(code)
     train(whole, tmp_path / "whole.pt", budget)
-    cut = task(code)
+    cut = make(code)
     for i in range(3):
         cut.step(i, i / 6)
     done = {"steps": 3, "samples": 3 * TOY.batch, "seconds": 1.0}
     torch.save({"task": cut.state_dict(), "done": done}, tmp_path / "cut.pt")
-    again = task(code)
+    again = make(code)
     again.model.mmdit.final_layer.linear.weight.data.normal_()  # a process that knows nothing
     train(again, tmp_path / "cut.pt", budget)
     for name, value in whole.state_dict()["model"].items():
@@ -185,12 +192,6 @@ def test_guided_stage_names_the_teacher_that_it_lacks(tmp_path):
         recipe.stage_task("guided", tmp_path, config=TOY)
 
 
-def reflow(code, batches=2):
-    data = partial(recipe.reflow_batch, code, TOY.batch, 0)
-    sigmas = uniform(2, 2.0)
-    return ReflowTask(TOY, random_model(), recipe.LATENT, sigmas, data, batches)
-
-
 def test_reflow_learns_the_straight_way_from_noise_to_the_mended_picture(code):
     training = reflow(code)
     losses = [training.step(i, 0.0).item() for i in range(40)]
@@ -212,21 +213,6 @@ def test_reflow_pairs_each_noise_with_what_the_teacher_makes_of_it(code):
     latents, _, same, sigma = training._batch(3, torch.Generator())  # of two: number 1 again
     assert torch.equal(same, noise) and torch.equal(latents, mend(made))
     assert ((sigma > 0) & (sigma <= 1)).all()
-
-
-def test_reflow_goes_on_to_the_very_same_weights(code, tmp_path):
-    budget = Budget(samples=6 * TOY.batch)
-    whole = reflow(code)
-    train(whole, tmp_path / "whole.pt", budget)
-    cut = reflow(code)
-    for i in range(3):
-        cut.step(i, i / 6)
-    done = {"steps": 3, "samples": 3 * TOY.batch, "seconds": 1.0}
-    torch.save({"task": cut.state_dict(), "done": done}, tmp_path / "cut.pt")
-    again = reflow(code)
-    train(again, tmp_path / "cut.pt", budget)
-    for name, value in whole.ema.items():
-        assert torch.equal(value, again.ema[name]), name
 
 
 def test_reflow_stage_names_the_model_that_it_lacks(tmp_path):

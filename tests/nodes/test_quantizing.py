@@ -27,15 +27,6 @@ from gguf import GGMLQuantizationType as T
 from safetensors.torch import save_file
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """The host as started with --fp32-unet: no product is rounded to bfloat16."""

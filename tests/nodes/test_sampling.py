@@ -24,15 +24,6 @@ CHECKPOINT = Preset("mine", "Mine", 3, rows=((1, 0.8, 0.3, 0), (1, 0.6, 0)), shi
 AUTO = sampling.AUTO
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def plain():
     """A tiny SD3 without few-step metadata."""

@@ -16,15 +16,6 @@ PROMPT = "a (red:1.4) circle, [blue] \\(flat\\) background"
 LONG = "a red circle on a blue background, " * 20  # three times 77 CLIP tokens
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def full():
     return tiny.sd3_clip("l", "g", "t5")
