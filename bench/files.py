@@ -79,8 +79,17 @@ def dense_files(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def _normal(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float16).normal_(std=SPREAD)
+def bfloat16_file(folder: Path) -> Path:
+    """The diffusion model in bfloat16, as SD3.5-Medium is published; made if it is not there."""
+    path = folder / "medium-BF16.safetensors"
+    if not path.exists():
+        tensors = {key: _normal(shape, torch.bfloat16) for key, shape in shapes().items()}
+        save_file(tensors, path)
+    return path
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype).normal_(std=SPREAD)
 
 
 def clip_shapes(width: int, layers: int, heads: int, inner: int, activation: str):

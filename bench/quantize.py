@@ -5,8 +5,8 @@
 GGML is ggml's source folder or a shared library of it: `tests/golden/ggml.py` says where to get
 one. Both sides split the rows over the same number of threads. Each number is the median of the
 repeats; the results go to bench/results/quantize.json. On a machine that others use as well, --cpu
-counts the processor's time of all threads instead of the clock's. ggml's memory is allocated before
-that starts; ours includes its output's, and looking for NaN.
+counts the processor's time of all threads instead of the clock's. Memory is allocated before that
+starts; ours includes looking for NaN.
 """
 
 import argparse
@@ -46,10 +46,10 @@ def our_side(x: np.ndarray, qtype: int, importance) -> Callable[[], None]:
         torch.from_numpy(x),
         None if importance is None else torch.from_numpy(importance),
     )
-    quant.quantize(weights[:16], qtype, part)  # compile
+    out = quant.quantize(weights, qtype, part)  # compile
 
     def run() -> None:
-        quant.quantize(weights, qtype, part)
+        quant.quantize(weights, qtype, part, out=out)
 
     return run
 

@@ -4,7 +4,7 @@
     {"do": "step", "pixels": 256}       -> the same, of one sampling step
     {"do": "loras", "count": 4}         -> {} from now on the model has so many rank-16 LoRAs
     {"do": "memory"}                    -> {"bytes"} at the most so far
-    {"do": "rates", …}, {"do": "files"} -> see `rates` and `files`
+    {"do": "rates", …}, {"do": "files"}, {"do": "source"}, {"do": "quantise"} -> see there
 
 A process of its own keeps memory apart, and the sides can take turns.
 """
@@ -135,6 +135,21 @@ class FewStep(Host):
         made = {t: files.gguf_file(Path(folder), GGMLQuantizationType[t]) for t in types}
         made |= files.dense_files(Path(folder))
         return {"paths": {name: str(path) for name, path in made.items()}}
+
+    def source(self, folder: str) -> dict:
+        """Makes the file that is converted. -> its path"""
+        from fewstep.bench import files
+
+        return {"path": str(files.bfloat16_file(Path(folder)))}
+
+    def quantise(self, file: str, qtype: str) -> dict:
+        """What the node FewStep Quantize does with the MODEL."""
+        from fewstep.host.quantizing import quantize_model
+
+        start = now()
+        with torch.inference_mode():
+            quantize_model(self.model, Path(file), qtype)
+        return {"seconds": since(start)["wall"]}
 
 
 class PeerGGUF(Host):

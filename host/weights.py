@@ -4,6 +4,7 @@ Untouched weights are read as they lie in memory or in the mapped file; a patche
 float32 by the host's own arithmetic (`comfy.lora.calculate_weight`) when its turn comes.
 """
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +29,10 @@ _LABELS = {dtype: (label, qtype) for label, (dtype, qtype) in DTYPES.items()}
 class _InHand:
     """The one weight that is held as floats: memory stays that of a single tensor."""
 
-    tensor: "ModelTensor | None" = None
-    floats: torch.Tensor | None = None
+    def __init__(self):
+        self.tensor: ModelTensor | None = None
+        self.floats: torch.Tensor | None = None
+        self.lock = threading.Lock()  # rows are read by several threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,10 +56,11 @@ class ModelTensor(StoredTensor):
         if self.decode is not None:
             return super().read(start, stop)
         hand = self.in_hand
-        if hand.tensor is not self:
-            hand.tensor = hand.floats = None  # let the last one go first
-            hand.tensor, hand.floats = self, self._made()
-        return hand.floats[start:stop]
+        with hand.lock:
+            if hand.tensor is not self:
+                hand.tensor = hand.floats = None  # let the last one go first
+                hand.tensor, hand.floats = self, self._made()
+            return hand.floats[start:stop]
 
     def _made(self) -> torch.Tensor:
         """The whole weight as floats, patches added: (rows, cols) float32."""

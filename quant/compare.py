@@ -13,6 +13,7 @@ from .reader import GGUFFile
 from .report import Report, Row
 from .sources import Source, open_source
 from .stored import StoredTensor
+from .threads import in_order
 
 Progress = Callable[[int, int, str], None]
 _SHOWN = 72  # characters of a metadata field
@@ -94,7 +95,12 @@ def _missing(ours: dict, theirs: dict, path: str) -> list[str]:
 
 
 def _errors(a: StoredTensor, b: StoredTensor) -> Errors:
-    errors = Errors()
-    for start, stop in a.chunks(math.lcm(a.granule, b.granule)):
-        errors.add(a.read(start, stop), b.read(start, stop))
-    return errors
+    def compared(rows: tuple[int, int]) -> Errors:
+        errors = Errors()
+        errors.add(a.read(*rows), b.read(*rows))
+        return errors
+
+    whole = Errors()
+    for part in in_order(compared, a.chunks(math.lcm(a.granule, b.granule))):
+        whole.merge(part)
+    return whole

@@ -9,11 +9,7 @@ A kernel takes blocks (n, type_size) uint8, d and m (n,) float32 (scale and mini
 by torch; m is d where a type has none) and out (n, 256) float32, or uint16: bfloat16's bits.
 """
 
-import os
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 import torch
@@ -24,10 +20,10 @@ from torch import Tensor
 
 from .bits import half
 from .numba_jit import jit
+from .threads import in_threads
 
 I, U, F = np.int32, np.uint32, np.float32  # noqa: E741  numba computes in 64 bits unless told
 _LEVELS = np.array(IQ4_NL.kvalues, np.float32)
-_LEAST = 2**14  # weights that are worth a thread
 
 
 @jit
@@ -195,22 +191,3 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
         kernel(*(array[first:end] for array in arrays))
 
     in_threads(work, len(blocks), 256)
-
-
-def in_threads(work: Callable[[int, int], None], n: int, weights: int) -> None:
-    """work(first, end) over the parts of 0 … n, each of `weights`, on as many threads as torch."""
-    threads = max(1, min(torch.get_num_threads(), n * weights // _LEAST))
-    bounds = [n * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        work(0, n)
-    else:
-        list(_pool(threads).map(work, bounds, bounds[1:]))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="dequantise")
-
-
-if sys.platform != "win32":  # a forked process has none of the threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)

@@ -18,9 +18,6 @@ from .numba_search import (
 )
 from .numba_vector import (
     LANES,
-    bits_of,
-    greater,
-    largest_lane,
     load,
     root,
     splat,
@@ -30,19 +27,6 @@ from .search import MAX_EPS
 
 _EPS = f4(MAX_EPS)
 _EXPONENT, _INF = 0x7F800000, f4(np.inf)
-
-
-@jit
-def all_finite(x):
-    """Neither NaN nor infinity, whose exponents are the highest."""
-    whole = len(x) // LANES * LANES
-    largest = bits_of(splat(ZERO))
-    for i in range(0, whole, LANES):
-        largest = greater(largest, bits_of(abs(load(x, i))))
-    found = largest_lane(largest) < _EXPONENT
-    for v in x[whole:]:
-        found &= abs(v) < _INF
-    return found
 
 
 @jit

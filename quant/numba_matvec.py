@@ -12,8 +12,9 @@ from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
 from .bits import half
-from .numba_dequant import KERNELS, in_threads
+from .numba_dequant import KERNELS
 from .numba_jit import jit
+from .threads import in_threads
 
 MOST = 4  # vectors; with more of them a product by torch wins
 _LANES, _TILE = 64, 2**17  # weights in a tile: 512 KiB of float32

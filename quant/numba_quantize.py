@@ -6,7 +6,6 @@ importance like it or None, and writes to out (n, type_size) uint8.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -23,15 +22,16 @@ from . import (
     numba_effort,
     numba_iq1,
     numba_iq4,
+    numba_measure,
     numba_pack,
     numba_small,
     numba_ternary,
 )
 from . import numba_groups as groups
 from .numba_vector import LANES
+from .threads import in_threads
 
 _STEP = 2**16  # weights at a time in a thread: with their importance and codes they stay in cache
-_LEAST = 2**14  # weights that are worth a thread
 _IMPORTANCE_GRID = (-0.9, 0.05, 36)
 _SPARE = 2**12  # codes beyond the last group, see `numba_groups`
 _NONE = np.empty(0, np.float32)
@@ -238,46 +238,36 @@ _HIGH = {qtype: partial(_high_symmetric, qtype) for qtype in effort.SYMMETRIC} |
 }
 _FUNCTIONS |= {qtype: partial(_codebook, qtype) for qtype in codebook.SEARCHES}
 _FUNCTIONS |= {qtype: partial(_iq1, qtype) for qtype in iq1_quantize.FORMATS}
-COMPILED = frozenset(_FUNCTIONS)
+COMPILED = frozenset({T.BF16, *_FUNCTIONS})
 
 
 def quantize_blocks(
     x: Tensor, weights: Tensor | None, qtype: T, out: Tensor, high: bool = False
-) -> None:
+) -> bool:
     """out (n, type_size) = the blocks of x (n, block_size), contiguous and on the CPU, like all.
 
-    high: search as `effort.py` does.
+    high: search as `effort.py` does. False where x holds NaN or infinity, which is looked at while
+    it is in the cache; `out` is then left unfinished.
     """
-    function = (_HIGH if high else _FUNCTIONS)[qtype]
     numbers, blocks = x.numpy(), out.numpy()
+    if qtype == T.BF16:
+        flat, halves = numbers.reshape(-1), blocks.reshape(-1).view(np.uint16)
+        rounded = lambda first, end: numba_small.quantize_bf16(flat[first:end], halves[first:end])  # noqa: E731
+        return all(in_threads(rounded, len(flat), 1))
+    function = (_HIGH if high else _FUNCTIONS)[qtype]
     w = None if weights is None else weights.numpy()
     size = numbers.shape[1]
 
-    def work(first: int, end: int) -> None:
+    @np.errstate(over="ignore")  # squares may, as in ggml
+    def work(first: int, end: int) -> bool:
         for start in range(first, end, _STEP // size):
             part = slice(start, min(start + _STEP // size, end))
-            with np.errstate(over="ignore"):  # squares may, as in ggml
-                function(numbers[part], None if w is None else w[part], blocks[part])
+            if not numba_measure.all_finite(numbers[part].reshape(-1)):
+                return False
+            function(numbers[part], None if w is None else w[part], blocks[part])
+        return True
 
-    _in_threads(work, len(numbers), numbers.size)
-
-
-def _in_threads(work: Callable[[int, int], object], n: int, weights: int) -> list:
-    """What work(first, end) returns for shares of n things that are so many weights together."""
-    threads = max(1, min(torch.get_num_threads(), weights // _LEAST))
-    bounds = [n * i // threads for i in range(threads + 1)]
-    if threads == 1:
-        return [work(0, n)]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, bounds, bounds[1:]))
-
-
-def all_finite(x: Tensor) -> bool:
-    """Whether a contiguous float32 tensor holds neither NaN nor infinity."""
-    flat = x.detach().view(-1).numpy()
-    return all(
-        _in_threads(lambda first, end: groups.all_finite(flat[first:end]), len(flat), len(flat))
-    )
+    return all(in_threads(work, len(numbers), size))
 
 
 def weigh_rows(x: Tensor, importance: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import numpy as np
 from gguf.quants import MXFP4
 
 from .numba_jit import ONE, TOO_LARGE, ZERO, f4, i4, jit, store_half, u1
+from .numba_measure import all_finite
 from .numba_vector import (
     LANES,
     biggest_lane,
@@ -34,6 +35,7 @@ _VALUES = [float(value) for value in MXFP4.kvalues[:8]]  # E2M1's, doubled
 _E2M1 = tuple(f4(value) for value in MXFP4.kvalues)
 _EDGES = tuple(f4((a + b) / 2) for a, b in pairwise(_VALUES))
 _INF, _HALF = f4(np.inf), f4(0.5)
+_PIECE = 2**12  # weights that stay in the first cache
 
 
 @helper
@@ -105,6 +107,20 @@ def pack_found(d, mins, codes, out):
             q[i] = codes[first + i * LANES]
         low, high = load_bytes(q, 0), load_bytes(q, LANES)
         pack_codes(low, high, out[b, 4 if len(mins) else 2 :])
+
+
+@jit
+def quantize_bf16(x, out):
+    """Half to even, into uint16; False, and the rest undone, at NaN or infinity."""
+    for start in range(0, len(x), _PIECE):
+        piece, halves = x[start : start + _PIECE], out[start : start + _PIECE]
+        if not all_finite(piece):
+            return False
+        bits = piece.view(np.uint32)
+        for i in range(len(bits)):
+            odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+            halves[i] = np.uint16((bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    return True
 
 
 @jit

@@ -9,12 +9,13 @@ from functools import cache, partial
 from types import ModuleType
 
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from . import effort as efforts
 from .codebook import NEED_IMPORTANCE
 from .errors import GGUFError
+from .measure import all_finite
 from .rounding import divide, ordered_sum, square_root
 from .types import PLAIN_TYPES, QTYPES, find_type
 
@@ -32,6 +33,7 @@ def quantize(
     qtype: GGMLQuantizationType,
     importance: Tensor | None = None,
     effort: str = "ggml",
+    out: Tensor | None = None,
 ) -> Tensor:
     """(rows, cols) float32 -> (rows, bytes) uint8 on the same device, each row in blocks.
 
@@ -40,8 +42,10 @@ def quantize(
     does.
     effort: "high" searches longer than ggml, for less error in the same format, where `effort.py`
     knows how to (Q3_K … Q6_K); it writes the other types as ggml does.
+    out: contiguous, of the result's shape and device, takes the result.
 
-    Raises: GGUFError for a type that cannot be written, sizes that do not fit, NaN and infinity.
+    Raises: GGUFError for a type that cannot be written, sizes that do not fit, NaN and infinity
+    (what `out` then holds is of no use).
     """
     qtype = find_type(qtype)
     _check_type(qtype)
@@ -53,18 +57,22 @@ def quantize(
         raise GGUFError(
             f"{qtype.name} needs an importance, as in ggml: without one it loses too much"
         )
-    if qtype in PLAIN_TYPES:
-        return x.to(PLAIN_TYPES[qtype]).contiguous().view(torch.uint8)
-    row = QTYPES[qtype]
-    size = len(x), x.shape[1] // row.block_size * row.type_size
-    out = torch.empty(size, dtype=torch.uint8, device=x.device)
+    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    out = _output(out, (len(x), x.shape[1] // block_size * type_size), x.device)
+    kernels, whole = _kernels_for(x, qtype), x
+    if kernels is None and not all_finite(x):
+        raise _nonfinite(x, qtype)
+    if qtype in PLAIN_TYPES and kernels is None:
+        out.view(PLAIN_TYPES[qtype]).copy_(x)
+        return out
     x, wide = x.detach().contiguous(), out
-    if importance is None:  # then blocks know nothing of their rows, which may be long
-        x, wide = x.view(-1, row.block_size), out.view(-1, row.type_size)
+    if importance is None or qtype in PLAIN_TYPES:  # then blocks know nothing of their rows
+        x, wide, importance = x.view(-1, block_size), out.view(-1, type_size), None
     step = max(1, _TILE // max(1, x.shape[1]))
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        _quantize_rows(x[part], qtype, importance, wide[part], high)
+        if not _quantize_rows(x[part], qtype, importance, wide[part], high, kernels):
+            raise _nonfinite(whole, qtype)
     return out
 
 
@@ -92,14 +100,25 @@ def _kernels() -> ModuleType | None:
     return numba_quantize
 
 
+def _kernels_for(x: Tensor, qtype: GGMLQuantizationType) -> ModuleType | None:
+    kernels = _kernels() if x.is_cpu else None
+    return kernels if kernels and qtype in kernels.COMPILED else None
+
+
 def _quantize_rows(
-    x: Tensor, qtype: GGMLQuantizationType, importance: Tensor | None, out: Tensor, high: bool
-) -> None:
-    """(rows, cols) float32 into (rows, bytes) uint8, all rows at once."""
-    row, kernels = QTYPES[qtype], _kernels() if x.is_cpu else None
-    if kernels and qtype not in kernels.COMPILED:
-        kernels = None
-    blocks, weights = x.view(-1, row.block_size), None
+    x: Tensor,
+    qtype: GGMLQuantizationType,
+    importance: Tensor | None,
+    out: Tensor,
+    high: bool,
+    kernels: ModuleType | None,
+) -> bool:
+    """(rows, cols) float32 into (rows, bytes) uint8, all rows at once.
+
+    Whether all were finite: the kernels look for themselves; without them it has been looked.
+    """
+    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    blocks, weights = x.view(-1, block_size), None
     if importance is not None:
         if qtype not in _ROW_WEIGHTED:
             weights = importance.expand_as(x)
@@ -108,11 +127,13 @@ def _quantize_rows(
         else:
             weights = kernels.weigh_rows(x, importance)
         weights = weights.reshape(blocks.shape)
-    if kernels is None:
-        write = partial(efforts.quantize_blocks, qtype=qtype) if high else row.quantize_blocks
-        out.view(-1, row.type_size).copy_(write(blocks, weights))
-    else:
-        kernels.quantize_blocks(blocks, weights, qtype, out.view(-1, row.type_size), high)
+    if kernels is not None:
+        return kernels.quantize_blocks(blocks, weights, qtype, out.view(-1, type_size), high)
+    write = QTYPES[qtype].quantize_blocks
+    if high:
+        write = partial(efforts.quantize_blocks, qtype=qtype)
+    out.view(-1, type_size).copy_(write(blocks, weights))
+    return True
 
 
 def _row_sigma(x: Tensor) -> Tensor:
@@ -141,22 +162,25 @@ def _check_input(x: Tensor, qtype: GGMLQuantizationType) -> None:
             f"{qtype.name} packs {size} weights a block, which does not divide rows of "
             f"{x.shape[1]}: choose a type with smaller blocks"
         )
-    if x.numel() and not _all_finite(x):
-        finite = x.isfinite()
-        place = tuple((~finite).nonzero()[0].tolist())
-        count = x.numel() - int(finite.sum())
-        raise GGUFError(
-            f"{count} of {x.numel()} weights are NaN or infinite, the first, {x[place].item()}, "
-            f"at {place}: {qtype.name} cannot hold them; repair the source"
-        )
 
 
-def _all_finite(x: Tensor) -> bool:
-    """In one pass; without torch's threads on the CPU, which wait by spinning."""
-    kernels = _kernels() if x.is_cpu and x.is_contiguous() else None
-    if kernels is not None:
-        return kernels.all_finite(x)
-    return bool(torch.stack(x.aminmax()).isfinite().all())  # NaN shows in both
+def _nonfinite(x: Tensor, qtype: GGMLQuantizationType) -> GGUFError:
+    finite = x.isfinite()
+    place = tuple((~finite).nonzero()[0].tolist())
+    count = x.numel() - int(finite.sum())
+    return GGUFError(
+        f"{count} of {x.numel()} weights are NaN or infinite, the first, {x[place].item()}, "
+        f"at {place}: {qtype.name} cannot hold them; repair the source"
+    )
+
+
+def _output(out: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=torch.uint8, device=device)
+    fits = (out.shape, out.dtype, out.device) == (shape, torch.uint8, device)
+    if not fits or not out.is_contiguous():
+        raise GGUFError(f"`out` is not contiguous uint8 of shape {shape} on {device}")
+    return out
 
 
 def _check_importance(importance: Tensor, x: Tensor) -> None:

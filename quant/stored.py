@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .dequant import dequantize
 from .errors import DAMAGED, GGUFError
+from .threads import PIECE
 
 CHUNK = 2**20  # weights read at once: 4 MiB of float32, which stay in a CPU's cache
 
@@ -85,7 +86,17 @@ class StoredTensor:
 
 def plain_decoder(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """Bytes of `dtype` -> float32, exact for all types of at most 32 bits but I32."""
-    return lambda raw: raw.view(dtype).float()
+
+    def decode(raw: Tensor) -> Tensor:
+        values = raw.view(dtype)
+        if dtype == torch.float32:
+            return values
+        out = torch.empty(values.shape)
+        for piece, part in zip(values.split(PIECE), out.split(PIECE), strict=True):
+            part.copy_(piece)
+        return out
+
+    return decode
 
 
 def block_decoder(qtype: GGMLQuantizationType) -> Callable[[Tensor], Tensor]:

@@ -375,3 +375,16 @@ def test_huge_weights_do_not_stop_a_codebook(formulation, qtype):
     """Errors overflow, and ggml aborts; what is written can be read."""
     x = gaussian(2, 256) * 1e38
     assert dequantize(quantize(x, qtype), qtype, x.shape).shape == x.shape
+
+
+@EVERY_TYPE
+def test_takes_the_result_where_it_is_told_to(qtype):
+    x = torch.randn(3, 512)
+    importance = torch.ones(512)
+    expected = quant.quantize(x, qtype, importance)
+    room = torch.zeros(5, expected.shape[1], dtype=torch.uint8)
+    made = quant.quantize(x, qtype, importance, out=room[1:4])
+    assert made.data_ptr() == room[1].data_ptr()
+    assert torch.equal(room[1:4], expected) and not room[[0, 4]].any()
+    with pytest.raises(GGUFError, match="`out` is not contiguous"):
+        quant.quantize(x, qtype, importance, out=room[:, 1:])
