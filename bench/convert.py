@@ -90,9 +90,7 @@ def lora_file(source: Path, folder: Path) -> Path:
 def node_run(source: Path, target: Path, qtype: str, threads: int) -> dict:
     worker = Side("fewstep", threads)
     worker(do="load", file=str(source))
-    before = worker(do="memory")["bytes"]
     answer = worker(do="quantise", file=str(target), qtype=qtype)
-    answer |= {"above the loaded model": worker(do="memory")["bytes"] - before}
     worker.close()
     target.unlink()
     return answer

@@ -45,6 +45,11 @@ def seconds(run) -> dict[str, float]:
     return since(start)
 
 
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
 class Host:
     """ComfyUI itself, with an unquantised model."""
 
@@ -143,13 +148,25 @@ class FewStep(Host):
         return {"path": str(files.bfloat16_file(Path(folder)))}
 
     def quantise(self, file: str, qtype: str) -> dict:
-        """What the node FewStep Quantize does with the MODEL."""
+        """What the node FewStep Quantize does with the MODEL. -> also the bytes that it took up
+        beside the MODEL (of Linux; pages of mapped files, which the system may drop, not counted).
+        """
         from fewstep.host.quantizing import quantize_model
 
+        most = [before := anonymous_bytes()]
+        done = threading.Event()
+
+        def watch():
+            while not done.wait(0.01):
+                most.append(anonymous_bytes())
+
+        threading.Thread(target=watch, daemon=True).start()
         start = now()
         with torch.inference_mode():
             quantize_model(self.model, Path(file), qtype)
-        return {"seconds": since(start)["wall"]}
+        spent = since(start)["wall"]
+        done.set()
+        return {"seconds": spent, "above the loaded model": max(most) - before}
 
 
 class PeerGGUF(Host):
