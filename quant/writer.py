@@ -34,6 +34,7 @@ from .types import PLAIN_TYPES, find_type
 Blocks = Tensor | Callable[[], Tensor]
 NamedTensor = tuple[str, Tensor | tuple[Blocks, GGMLQuantizationType, Sequence[int]]]
 
+_GGML_DIMS = 4  # GGML_MAX_DIMS of ggml.h
 _ORPHAN = re.compile(r"\.(\d+)-[0-9a-f]{8}\.tmp")  # the process that wrote it
 _ORPHAN_AGE = 60  # seconds since the last write; one that is written to is no orphan
 _QTYPES = {dtype: qtype for qtype, dtype in PLAIN_TYPES.items()}
@@ -54,13 +55,14 @@ class _Entry:
         block_size, type_size = GGML_QUANT_SIZES[self.qtype]
         return math.prod(self.shape) // block_size * type_size
 
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """`shape`, or flat where GGUF has no room for it: `ORIG_SHAPE` then keeps it."""
-        block_size = GGML_QUANT_SIZES[self.qtype][0]
-        whole_rows = not self.shape or self.shape[-1] % block_size == 0
-        fits = whole_rows and len(self.shape) <= MAX_DIMS
-        return self.shape if fits else (math.prod(self.shape),)
+    def stored_shape(self, most: int) -> tuple[int, ...]:
+        """`shape` in at most `most` dimensions, the outermost folded into one; flat where its rows
+        are not whole blocks. Where it differs, `ORIG_SHAPE` keeps `shape`.
+        """
+        if self.shape and self.shape[-1] % GGML_QUANT_SIZES[self.qtype][0]:
+            return (math.prod(self.shape),)
+        folded = max(0, len(self.shape) - most) + 1
+        return (math.prod(self.shape[:folded]), *self.shape[folded:]) if self.shape else ()
 
 
 def write_gguf(
@@ -74,10 +76,9 @@ def write_gguf(
     metadata: text, bool, int (uint32; int32 if negative; 64 bits if larger), float (float32), a
     list of one of these (ints as int32 or int64), or numpy scalars and arrays, whose dtype decides.
     tensors: (name, plain tensor) or (name, (blocks, qtype, shape)), where blocks is uint8 or a
-    function that makes it when its turn comes. A tensor of more than five dimensions, or whose rows
-    are not whole blocks, is stored flat, with its shape in `comfy.gguf.orig_shape.<name>`. (ggml
-    has four dimensions, but video models' convolutions have five, and those who read their files,
-    city96/ComfyUI-GGUF and stable-diffusion.cpp, expect them as they are.)
+    function that makes it when its turn comes. A tensor whose rows are not whole blocks is stored
+    flat, and the outer dimensions of one with more than `_most_dims` as one; its shape is then in
+    `comfy.gguf.orig_shape.<name>`.
 
     Raises: GGUFError for what cannot be written. Whatever goes wrong, nothing is left behind; what
     a killed process left is removed by the next that writes there.
@@ -90,7 +91,7 @@ def write_gguf(
         entries = _entries(tensors)
         with closing(GGUFWriter(temporary, architecture)) as writer:
             _add_metadata(writer, architecture, metadata, entries)
-            _write(writer, entries)
+            _write(writer, entries, _most_dims(metadata, entries))
         _sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -136,11 +137,24 @@ def _add_metadata(
     fields.pop("general.alignment", None)  # of the file that the metadata came from
     if any(entry.qtype not in PLAIN_TYPES for entry in entries):
         fields.setdefault("general.quantization_version", GGML_QUANT_VERSION)
+    most = _most_dims(metadata, entries)
     for entry in entries:
-        if entry.stored_shape != entry.shape:
+        if entry.stored_shape(most) != entry.shape:
             fields[ORIG_SHAPE + entry.name] = np.array(entry.shape, np.int32)
     for key, value in fields.items():
         writer.add_key_value(key, *_typed(key, value))
+
+
+def _most_dims(metadata: Mapping[str, object], entries: list[_Entry]) -> int:
+    """ggml's four, or five where the file has no list in its metadata.
+
+    Video models' files are published with the five dimensions of their convolutions, and all read
+    them so. But ggml refuses such a file, and what stable-diffusion.cpp then reads it with
+    (`gguf_reader_ext.h`) fails at a list. Folded, both read it, and the list too.
+    """
+    lists = any(isinstance(value, list | tuple | np.ndarray) for value in metadata.values())
+    kept = all(entry.stored_shape(MAX_DIMS) == entry.shape for entry in entries)
+    return MAX_DIMS if kept and not lists else _GGML_DIMS
 
 
 def _typed(key: str, value: object) -> tuple[object, GGUFValueType, GGUFValueType | None]:
@@ -183,11 +197,11 @@ def _scalar_type(key: str, value: object, int_type: GGUFValueType) -> GGUFValueT
     raise GGUFError(f"field {key!r} has a value that GGUF does not store: {value!r:.80}")
 
 
-def _write(writer: GGUFWriter, entries: list[_Entry]) -> None:
+def _write(writer: GGUFWriter, entries: list[_Entry], most: int) -> None:
     for entry in entries:
         # Any dtype but uint8 makes add_tensor_info take the shape as weights, not as bytes.
         writer.add_tensor_info(
-            entry.name, entry.stored_shape, np.dtype(np.float32), entry.nbytes, entry.qtype
+            entry.name, entry.stored_shape(most), np.dtype(np.float32), entry.nbytes, entry.qtype
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

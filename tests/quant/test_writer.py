@@ -112,29 +112,53 @@ def test_any_strides_are_written_in_order(tmp_path):
     assert torch.equal(GGUFFile(path).tensor("b"), parameter)
 
 
-def test_more_than_four_dimensions_are_kept(tmp_path):
-    """Five as they are, as video models' files have them; more, or rows of parts, flat."""
+FIVE = torch.randn(2, 3, 1, 2, 2)
+
+
+def test_five_dimensions_are_written_as_published_files_have_them(tmp_path):
     path = tmp_path / "a.gguf"
-    plain, six = torch.randn(2, 3, 1, 2, 2), torch.randn(2, 1, 2, 1, 2, 3)
+    codes = random_blocks(T.Q8_0, 12, 1), T.Q8_0, (2, 3, 1, 2, 32)
+    write_gguf(path, "wan", {"text": "a"}, [("plain", FIVE), ("codes", codes)])
+    file, theirs = GGUFFile(path), gguf.GGUFReader(path)
+    assert torch.equal(file.tensor("plain"), FIVE) and file.tensors["codes"].shape == codes[2]
+    assert [len(tensor.shape) for tensor in theirs.tensors] == [5, 5]
+
+
+@pytest.mark.parametrize("field", [[1.0, 0.0], (True,), np.array([1, 2], np.uint8)], ids=str)
+def test_beside_a_list_ggmls_four_dimensions_hold(tmp_path, field):
+    """stable-diffusion.cpp reads no list in a file that ggml itself refuses."""
+    path = tmp_path / "a.gguf"
+    codes = random_blocks(T.Q8_0, 12, 1), T.Q8_0, (2, 3, 1, 2, 32)
+    write_gguf(path, "wan", {"fewstep.sigmas.1": field}, [("plain", FIVE), ("codes", codes)])
+    file, theirs = GGUFFile(path), gguf.GGUFReader(path)
+    assert torch.equal(file.tensor("plain"), FIVE) and file.tensors["codes"].shape == codes[2]
+    assert torch.equal(file.blocks("codes"), codes[0])
+    assert [tuple(tensor.shape) for tensor in theirs.tensors] == [(2, 2, 1, 6), (32, 2, 1, 6)]
+    assert theirs.fields["comfy.gguf.orig_shape.plain"].types == [V.ARRAY, V.INT32]
+
+
+def test_shapes_that_ggml_cannot_hold_are_kept(tmp_path):
+    """More than five dimensions, and rows of parts of blocks."""
+    path = tmp_path / "a.gguf"
+    six = torch.randn(2, 1, 2, 1, 2, 3)
     blocks = random_blocks(T.Q8_0, 1, 3)
     folded = random_blocks(T.Q6_K, 1, 9)  # rows of 3 are not whole blocks
     tensors = [
-        ("plain", plain),
+        ("five", FIVE),
         ("six", six),
         ("codes", (blocks, T.Q8_0, (2, 3, 4, 2, 2))),
         ("conv", (folded, T.Q6_K, (16, 16, 3, 3))),
     ]
     write_gguf(path, "wan", {}, tensors)
     file = GGUFFile(path)
-    assert torch.equal(file.tensor("plain"), plain) and torch.equal(file.tensor("six"), six)
+    assert torch.equal(file.tensor("five"), FIVE) and torch.equal(file.tensor("six"), six)
     for name, data in (("codes", blocks), ("conv", folded)):
         info = file.tensors[name]
         assert torch.equal(file.blocks(name).flatten(), data.flatten())
         assert dequantize(file.blocks(name), info.qtype, info.shape).shape == info.shape
     assert file.tensors["conv"].shape == (16, 16, 3, 3)
-    theirs = gguf.GGUFReader(path)
-    assert theirs.fields["comfy.gguf.orig_shape.six"].types == [V.ARRAY, V.INT32]
-    assert [len(tensor.shape) for tensor in theirs.tensors] == [5, 1, 1, 1]
+    theirs = [tuple(tensor.shape) for tensor in gguf.GGUFReader(path).tensors]
+    assert theirs == [(2, 2, 1, 6), (3, 2, 1, 4), (96,), (2304,)]
 
 
 def test_data_is_made_when_its_turn_comes(tmp_path):
