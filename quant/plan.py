@@ -19,11 +19,11 @@ from .architectures import (
     prefix_of,
 )
 from .errors import GGUFError
+from .names import RENAMERS
 from .quantize import writable_types
 from .recipes import FALLBACKS, PLACES, Recipe, role_of
 from .sources import Source
 from .stored import StoredTensor
-from .text_names import llama_cpp_names
 from .types import QTYPES
 
 SMALL = 1024  # weights; tensors of no more stay float32 (city96's threshold)
@@ -142,9 +142,8 @@ def named(source: Source, prefix: str) -> dict[str, StoredTensor]:
         for name, tensor in source.tensors.items()
         if name.startswith(prefix)
     }
-    if find_architecture(inside).tag != "t5encoder":
-        return inside
-    return {new: inside[old] for old, new in llama_cpp_names(inside).items()}
+    rename = RENAMERS.get(find_architecture(inside).tag)
+    return inside if rename is None else {new: inside[old] for old, new in rename(inside).items()}
 
 
 def _architecture(

@@ -218,6 +218,21 @@ def test_t5_gets_llama_cpps_names(plan):
         plan(state_dict | {"spiece_model": torch.ones(9, dtype=torch.uint8)}, T.Q8_0)
 
 
+def test_flux_norms_get_their_published_names(plan):
+    """A MODEL has ComfyUI's own, and so has what ComfyUI saved."""
+    norms = [
+        "double_blocks.0.img_attn.norm.key_norm",
+        "single_blocks.7.norm.query_norm",
+        "distilled_guidance_layer.norms.4",
+    ]
+    matrices = ["double_blocks.0.img_attn.proj.weight", "single_blocks.7.linear1.weight"]
+    for kind in (".weight", ".scale"):
+        made = plan(models.names_of(*matrices, *(norm + kind for norm in norms)), T.Q8_0)
+        assert set(types(made)) == {*matrices, *(norm + ".scale" for norm in norms)}
+    other = {"blocks.0.norm.key_norm.weight": torch.ones(64)}
+    assert set(types(plan(other, T.Q8_0))) == set(other)
+
+
 def test_five_dimensions_are_not_bf16(plan):
     """city96's loader unpacks bf16 only in the layers that it knows."""
     tensors = {

@@ -1,11 +1,13 @@
-"""T5's tensors as llama.cpp names them, which loaders of GGUF text encoders expect.
+"""Tensors by the names that loaders of GGUF files expect, where a source may have others.
 
-Source: llama.cpp gguf-py/gguf/tensor_mapping.py, the encoder half of MODEL_ARCH.T5; city96's
-loader.py reads these names, ComfyUI's originals it does not.
+T5's are llama.cpp's (gguf-py/gguf/tensor_mapping.py, the encoder half of MODEL_ARCH.T5): city96's
+loader reads these, the originals it does not. FLUX's norms have a `scale` (black-forest-labs/flux,
+src/flux/modules/layers.py, RMSNorm), and Chroma's too; ComfyUI has since renamed it `weight`, in
+memory and in what it saves, which stable-diffusion.cpp and older ComfyUIs do not know.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 _BLOCK = re.compile(r"encoder\.block\.(\d+)\.layer\.([01])\.(.+)")
 _PARTS = {
@@ -27,6 +29,16 @@ _OUTSIDE = {
 }
 _SAME_AS_SHARED = "encoder.embed_tokens.weight"  # some files hold the table twice
 
+_NORM = re.compile(
+    r"(.*\b(?:query_norm|key_norm|distilled_guidance_layer\.norms\.\d+|nerf_blocks\.\d+\.norm"
+    r"|nerf_final_layer(?:_conv)?\.norm))\.weight"
+)
+
+
+def flux_names(names: Collection[str]) -> dict[str, str]:
+    """A name of FLUX or Chroma -> the published one."""
+    return {name: _NORM.sub(r"\1.scale", name) for name in names}
+
 
 def llama_cpp_names(names: Collection[str]) -> dict[str, str]:
     """T5's own name -> llama.cpp's; the second copy of the vocabulary's table is left out.
@@ -43,3 +55,10 @@ def _renamed(name: str) -> str:
     if (block := _BLOCK.fullmatch(name)) is not None and f"{block[2]}.{block[3]}" in _PARTS:
         return f"enc.blk.{block[1]}.{_PARTS[f'{block[2]}.{block[3]}']}"
     return _OUTSIDE.get(name, name)
+
+
+# general.architecture -> new names by old; a tensor that has none is left out
+RENAMERS: dict[str, Callable[[Collection[str]], dict[str, str]]] = {
+    "flux": flux_names,
+    "t5encoder": llama_cpp_names,
+}
