@@ -151,7 +151,8 @@ def _architecture(
 ) -> Architecture:
     if tag is not None:
         return architecture_named(tag)
-    found = find_architecture(names)
+    prefix = prefix_of(names)  # of a checkpoint that is taken whole
+    found = find_architecture({name.removeprefix(prefix) for name in names})
     if found is not UNKNOWN:
         return found
     if is_diffusers(names):

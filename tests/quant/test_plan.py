@@ -120,6 +120,14 @@ def test_of_a_checkpoint_the_diffusion_model_is_taken(plan):
         plan(state_dict, T.Q8_0, prefix="nothing")
 
 
+def test_a_checkpoint_taken_whole_is_called_by_its_diffusion_model(plan):
+    state_dict = {"model.diffusion_model." + name: t for name, t in models.sd3().items()}
+    state_dict |= models.names_of("first_stage_model.decoder.conv_in.weight")
+    made = plan(state_dict, T.Q8_0, prefix="")
+    assert set(types(made)) == set(state_dict) and made.architecture.tag == "sd3"
+    assert types(made)["model.diffusion_model.final_layer.linear.weight"] is T.BF16  # delicate
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_plans_every_type(plan, name):
     made = types(plan(models.sd3(depth=4), name))
