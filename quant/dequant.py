@@ -4,7 +4,7 @@ An eager torch formula makes a dozen passes over its data. On a large weight eac
 main memory, so a CPU takes the blocks in tiles that stay in its last cache and are yet long enough
 to hide what starting an operation costs; a tile is cast while it is copied to its place. Other
 devices take larger tiles, which bound the memory, and torch.compile, which fuses the passes, all.
-Where numba is installed, its kernels do the work for the CPU's hot types: the same numbers, faster.
+Where numba is installed, its kernels do the work on the CPU: the same numbers, much faster.
 """
 
 import logging
@@ -86,7 +86,7 @@ def multiply_few(blocks: Tensor, qtype: GGMLQuantizationType, x: Tensor) -> Tens
     if (
         qtype not in kernels.COMPILED
         or len(x) > numba_matvec.MOST
-        or x.shape[1] % block_size
+        or x.shape[1] % max(block_size, numba_matvec.LANES)
         or blocks.shape[1:] != (row,)
     ):
         return None

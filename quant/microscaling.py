@@ -11,13 +11,13 @@ from .rounding import divide, truncate
 from .tables import look_up_nibbles, nibble_values
 
 
-def _e8m0_half(e: Tensor) -> Tensor:
+def e8m0_half(e: Tensor) -> Tensor:
     """float32 2^(e - 128); the two smallest are subnormal and so are made bit by bit."""
     e = e.int()
     return torch.where(e < 2, 0x00200000 << e, (e - 1) << 23).view(torch.float32)
 
 
-def _ue4m3_half(x: Tensor) -> Tensor:
+def ue4m3_half(x: Tensor) -> Tensor:
     """float32: half the unsigned E4M3 value (bias 7); bit 7 is ignored, 0x7F (NaN) reads as 0."""
     exponent, mantissa = (x.int() >> 3) & 0x0F, x.int() & 0x07
     normal = ((exponent + 119) << 23 | mantissa << 20).view(torch.float32)
@@ -28,13 +28,13 @@ def _ue4m3_half(x: Tensor) -> Tensor:
 def dequantize_mxfp4(blocks: Tensor) -> Tensor:
     """(n, 17) uint8 -> (n, 32) float32.   e: 1 byte | qs: 16 bytes.   w = 2^(e - 127)·e2m1[q]"""
     q = look_up_nibbles("MXFP4", blocks[:, 1:])
-    return q.flatten(1).float().mul_(_e8m0_half(blocks[:, :1]))
+    return q.flatten(1).float().mul_(e8m0_half(blocks[:, :1]))
 
 
 def dequantize_nvfp4(blocks: Tensor) -> Tensor:
     """(n, 36) uint8 -> (n, 64) float32.   d: 4 bytes | qs: 4 × 8 bytes, for sub-blocks of 16"""
     q = look_up_nibbles("NVFP4", blocks[:, 4:].reshape(-1, 4, 8)).view(-1, 4, 16)
-    return q.float().mul_(_ue4m3_half(blocks[:, :4]).unsqueeze(-1)).flatten(1)
+    return q.float().mul_(ue4m3_half(blocks[:, :4]).unsqueeze(-1)).flatten(1)
 
 
 def _nearest_value(x: Tensor, scale: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def quantize_mxfp4(x: Tensor, weights: Tensor | None = None) -> Tensor:
     amax = x.abs().amax(1, keepdim=True)
     log2 = amax.double().log2().float().floor() + (127 - 2)
     e = torch.where(amax > 0, truncate(log2) & 0xFF, 0).to(torch.uint8)
-    q = _nearest_value(x, _e8m0_half(e))
+    q = _nearest_value(x, e8m0_half(e))
     return torch.cat((e, q[:, :16] | (q[:, 16:] << 4)), 1)
 
 
@@ -78,5 +78,5 @@ def quantize_nvfp4(x: Tensor, weights: Tensor | None = None) -> Tensor:
     """(n, 64) float32 -> (n, 36) uint8. `weights` is passed over, as in ggml."""
     x = x.reshape(-1, 4, 16)
     d = _to_ue4m3(divide(x.abs().amax(2), 6.0))
-    q = _nearest_value(x, _ue4m3_half(d).unsqueeze(2))
+    q = _nearest_value(x, ue4m3_half(d).unsqueeze(2))
     return torch.cat((d, (q[..., :8] | (q[..., 8:] << 4)).flatten(1)), 1)

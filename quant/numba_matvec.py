@@ -11,31 +11,33 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
-from .bits import half
-from .numba_dequant import KERNELS
-from .numba_jit import jit
+from .numba_dequant import kernel
+from .numba_jit import ZERO, jit
+from .numba_vector import load, splat, store
 from .threads import in_threads
 
 MOST = 4  # vectors; with more of them a product by torch wins
-_LANES, _TILE = 64, 2**17  # weights in a tile: 512 KiB of float32
+LANES = 64  # of a sum, so columns must be whole sixty-fours
+_TILE = 2**16  # weights in a tile: 256 KiB of float32
 
 
 @jit
 def _dots(tile, x, out):
     """out (rows, vectors) = tile (rows, columns) times x (vectors, columns), all float32."""
-    lanes = np.empty(64, np.float32)
+    lanes, columns = np.empty(16, np.float32), x.shape[1]
     for r in range(len(tile)):
         for v in range(len(x)):
             row, vector = tile[r], x[v]
-            for i in range(64):
-                lanes[i] = np.float32(0.0)
-            for start in range(0, len(row), 64):
-                a, b = row[start : start + 64], vector[start : start + 64]
-                for i in range(64):
-                    lanes[i] += a[i] * b[i]
-            total = np.float32(0.0)
-            for i in range(64):
-                total += lanes[i]
+            a = b = c = d = splat(ZERO)
+            for i in range(0, columns, LANES):
+                a += load(row, i) * load(vector, i)
+                b += load(row, i + 16) * load(vector, i + 16)
+                c += load(row, i + 32) * load(vector, i + 32)
+                d += load(row, i + 48) * load(vector, i + 48)
+            store(lanes, 0, (a + b) + (c + d))
+            total = ZERO
+            for lane in lanes:
+                total += lane
             out[r, v] = total
 
 
@@ -44,24 +46,21 @@ def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
 
     blocks: (rows, bytes of a row) uint8 of a type in `numba_dequant.COMPILED`, on the CPU.
     """
-    kernel, d_at, m_at = KERNELS[qtype]
     block_size, type_size = GGML_QUANT_SIZES[qtype]
     rows, columns = len(blocks), x.shape[1]
-    each = columns // block_size
-    flat = blocks.reshape(-1, type_size)
-    d = half(flat, d_at)[:, 0]
-    m = d if m_at is None else half(flat, m_at)[:, 0]
-    packed, d, m, vectors = (t.contiguous().numpy() for t in (flat, d, m, x))
+    row_size = columns // block_size * type_size
+    unpack, data = kernel(qtype), blocks.contiguous().view(-1).numpy()
+    vectors = x.contiguous().numpy()
     out = np.empty((rows, len(x)), np.float32)
     step = max(1, _TILE // columns)
 
     def work(first: int, end: int) -> None:
-        tile = np.empty((step * each, block_size), np.float32)
+        tile = np.empty((step, columns), np.float32)
         for start in range(first, end, step):
             stop = min(start + step, end)
-            part, size = slice(start * each, stop * each), (stop - start) * each
-            kernel(packed[part], d[part], m[part], tile[:size])
-            _dots(tile[:size].reshape(stop - start, columns), vectors, out[start:stop])
+            part = tile[: stop - start]
+            unpack(data[start * row_size : stop * row_size], part.reshape(-1))
+            _dots(part, vectors, out[start:stop])
 
     in_threads(work, rows, columns)
     return torch.from_numpy(out).T.contiguous()

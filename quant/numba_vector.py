@@ -17,7 +17,7 @@ from numba.core.typing import signature
 from numba.extending import lower_builtin, models, register_model, type_callable
 
 LANES = 16
-_WORD, _BIT, _BYTE = ir.IntType(32), ir.IntType(1), ir.IntType(8)
+WORD, _BIT, BYTE = ir.IntType(32), ir.IntType(1), ir.IntType(8)
 _FLOAT = ir.FloatType()
 
 
@@ -30,21 +30,21 @@ class Vector(types.Type):
 
 
 FLOATS, INTS, MASK = Vector(types.float32), Vector(types.int32), Vector(types.boolean)
-_LOWERED = {
+LOWERED = {
     kind: ir.VectorType(element, LANES)
-    for kind, element in ((FLOATS, _FLOAT), (INTS, _WORD), (MASK, _BIT))
+    for kind, element in ((FLOATS, _FLOAT), (INTS, WORD), (MASK, _BIT))
 }
-_BYTES = ir.VectorType(_BYTE, LANES)
+BYTES = ir.VectorType(BYTE, LANES)
 
 
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
-        super().__init__(manager, kind, _LOWERED[kind])
+        super().__init__(manager, kind, LOWERED[kind])
 
 
 def _shuffle(builder, a, b, lanes):
-    mask = ir.Constant(ir.VectorType(_WORD, len(lanes)), list(lanes))
+    mask = ir.Constant(ir.VectorType(WORD, len(lanes)), list(lanes))
     return builder.shuffle_vector(a, b, mask)
 
 
@@ -53,7 +53,7 @@ def _spread(builder, value):
     if isinstance(value.type, ir.VectorType):
         return value
     vector = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    vector = builder.insert_element(vector, value, ir.Constant(_WORD, 0))
+    vector = builder.insert_element(vector, value, ir.Constant(WORD, 0))
     return _shuffle(builder, vector, vector, [0] * LANES)
 
 
@@ -64,11 +64,11 @@ def _llvm(builder, name, result, value):
     return builder.call(function, [value])
 
 
-def _constant(kind, number):
-    return ir.Constant(_LOWERED[kind], [number] * LANES)
+def constant(kind, number):
+    return ir.Constant(LOWERED[kind], [number] * LANES)
 
 
-def _define(function: Callable, result: types.Type, *arguments: types.Type) -> Callable:
+def define(function: Callable, result: types.Type, *arguments: types.Type) -> Callable:
     """Decorator: `build(builder, *values)` is what `function` of `arguments` compiles to.
 
     Where an argument is a vector, a scalar of its lanes' type will do, but not for all of them.
@@ -111,34 +111,34 @@ def _instructions() -> None:
     for symbol, name in (("add", "add"), ("iadd", "add"), ("sub", "sub"), ("mul", "mul")):
         for kind, prefix in ((FLOATS, "f"), (INTS, "")):
             operation = lambda builder, a, b, n=prefix + name: getattr(builder, n)(a, b)  # noqa: E731
-            _define(getattr(operator, symbol), kind, kind, kind)(operation)
-    _define(operator.truediv, FLOATS, FLOATS, FLOATS)(lambda builder, a, b: builder.fdiv(a, b))
+            define(getattr(operator, symbol), kind, kind, kind)(operation)
+    define(operator.truediv, FLOATS, FLOATS, FLOATS)(lambda builder, a, b: builder.fdiv(a, b))
     for symbol in ("lt", "gt", "le", "ge", "eq", "ne"):
         sign = {"lt": "<", "gt": ">", "le": "<=", "ge": ">=", "eq": "==", "ne": "!="}[symbol]
         compare = getattr(operator, symbol)
         unequal = symbol == "ne"  # true for NaN, unlike the others
-        _define(compare, MASK, FLOATS, FLOATS)(
+        define(compare, MASK, FLOATS, FLOATS)(
             lambda builder, a, b, s=sign, u=unequal: (
                 builder.fcmp_unordered(s, a, b) if u else builder.fcmp_ordered(s, a, b)
             )
         )
-        _define(compare, MASK, INTS, INTS)(
+        define(compare, MASK, INTS, INTS)(
             lambda builder, a, b, s=sign: builder.icmp_signed(s, a, b)
         )
     for kind in (INTS, MASK):
-        _define(operator.and_, kind, kind, kind)(lambda builder, a, b: builder.and_(a, b))
+        define(operator.and_, kind, kind, kind)(lambda builder, a, b: builder.and_(a, b))
         for symbol in (operator.or_, operator.ior):
-            _define(symbol, kind, kind, kind)(lambda builder, a, b: builder.or_(a, b))
-    _define(operator.invert, MASK, MASK)(lambda builder, a: builder.not_(a))
-    _define(operator.lshift, INTS, INTS, INTS)(lambda builder, a, b: builder.shl(a, b))
-    _define(operator.rshift, INTS, INTS, INTS)(lambda builder, a, b: builder.ashr(a, b))
-    _define(operator.neg, FLOATS, FLOATS)(lambda builder, a: builder.fneg(a))
-    _define(abs, FLOATS, FLOATS)(_magnitude)
+            define(symbol, kind, kind, kind)(lambda builder, a, b: builder.or_(a, b))
+    define(operator.invert, MASK, MASK)(lambda builder, a: builder.not_(a))
+    define(operator.lshift, INTS, INTS, INTS)(lambda builder, a, b: builder.shl(a, b))
+    define(operator.rshift, INTS, INTS, INTS)(lambda builder, a, b: builder.ashr(a, b))
+    define(operator.neg, FLOATS, FLOATS)(lambda builder, a: builder.fneg(a))
+    define(abs, FLOATS, FLOATS)(_magnitude)
 
 
 def _magnitude(builder, a):
-    bits = builder.and_(builder.bitcast(a, _LOWERED[INTS]), _constant(INTS, 0x7FFFFFFF))
-    return builder.bitcast(bits, _LOWERED[FLOATS])
+    bits = builder.and_(builder.bitcast(a, LOWERED[INTS]), constant(INTS, 0x7FFFFFFF))
+    return builder.bitcast(bits, LOWERED[FLOATS])
 
 
 _instructions()
@@ -177,44 +177,44 @@ def root(v):
 
 
 for _kind in (FLOATS, INTS):
-    _define(select, _kind, MASK, _kind, _kind)(lambda builder, m, a, b: builder.select(m, a, b))
+    define(select, _kind, MASK, _kind, _kind)(lambda builder, m, a, b: builder.select(m, a, b))
 
 
-@_define(lesser, INTS, INTS, INTS)
+@define(lesser, INTS, INTS, INTS)
 def _(builder, a, b):
     return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 
-@_define(greater, INTS, INTS, INTS)
+@define(greater, INTS, INTS, INTS)
 def _(builder, a, b):
     return builder.select(builder.icmp_signed(">", a, b), a, b)
 
 
-@_define(nearest, INTS, FLOATS)
+@define(nearest, INTS, FLOATS)
 def _(builder, v):
-    shifted = builder.bitcast(builder.fadd(v, _constant(FLOATS, 12582912.0)), _LOWERED[INTS])
-    low = builder.and_(shifted, _constant(INTS, 0x007FFFFF))
-    return builder.sub(low, _constant(INTS, 0x00400000))
+    shifted = builder.bitcast(builder.fadd(v, constant(FLOATS, 12582912.0)), LOWERED[INTS])
+    low = builder.and_(shifted, constant(INTS, 0x007FFFFF))
+    return builder.sub(low, constant(INTS, 0x00400000))
 
 
-@_define(truncated, INTS, FLOATS)
+@define(truncated, INTS, FLOATS)
 def _(builder, v):
-    return builder.fptosi(v, _LOWERED[INTS])
+    return builder.fptosi(v, LOWERED[INTS])
 
 
-@_define(floats, FLOATS, INTS)
+@define(floats, FLOATS, INTS)
 def _(builder, v):
-    return builder.sitofp(v, _LOWERED[FLOATS])
+    return builder.sitofp(v, LOWERED[FLOATS])
 
 
-@_define(bits_of, INTS, FLOATS)
+@define(bits_of, INTS, FLOATS)
 def _(builder, v):
-    return builder.bitcast(v, _LOWERED[INTS])
+    return builder.bitcast(v, LOWERED[INTS])
 
 
-@_define(root, FLOATS, FLOATS)
+@define(root, FLOATS, FLOATS)
 def _(builder, v):
-    return _llvm(builder, f"llvm.sqrt.v{LANES}f32", _LOWERED[FLOATS], v)
+    return _llvm(builder, f"llvm.sqrt.v{LANES}f32", LOWERED[FLOATS], v)
 
 
 def splat(value):
@@ -239,14 +239,14 @@ def _(context, builder, sig, args):
     return _spread(builder, args[0])
 
 
-@_define(set_lanes, types.int32, MASK)
+@define(set_lanes, types.int32, MASK)
 def _(builder, mask):
-    return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), _WORD)
+    return builder.zext(builder.bitcast(mask, ir.IntType(LANES)), WORD)
 
 
-@_define(largest_lane, types.int32, INTS)
+@define(largest_lane, types.int32, INTS)
 def _(builder, v):
-    return _llvm(builder, f"llvm.vector.reduce.smax.v{LANES}i32", _WORD, v)
+    return _llvm(builder, f"llvm.vector.reduce.smax.v{LANES}i32", WORD, v)
 
 
 def first_of(a, b):
@@ -261,9 +261,9 @@ def biggest_lane(v):
     """The largest of float32 lanes; of zeros, either."""
 
 
-@_define(first_of, types.int32, MASK, MASK)
+@define(first_of, types.int32, MASK, MASK)
 def _(builder, a, b):
-    mask = builder.bitcast(_shuffle(builder, a, b, range(2 * LANES)), _WORD)
+    mask = builder.bitcast(_shuffle(builder, a, b, range(2 * LANES)), WORD)
     return builder.cttz(mask, ir.Constant(_BIT, 0))
 
 
@@ -274,13 +274,13 @@ def _folded(sign):
             other = _shuffle(builder, v, v, [(lane + half) % LANES for lane in range(LANES)])
             v = builder.select(builder.fcmp_ordered(sign, v, other), v, other)
             half //= 2
-        return builder.extract_element(v, ir.Constant(_WORD, 0))
+        return builder.extract_element(v, ir.Constant(WORD, 0))
 
     return build
 
 
-_define(smallest_lane, types.float32, FLOATS)(_folded("<"))
-_define(biggest_lane, types.float32, FLOATS)(_folded(">"))
+define(smallest_lane, types.float32, FLOATS)(_folded("<"))
+define(biggest_lane, types.float32, FLOATS)(_folded(">"))
 
 
 def stairs(edges: Sequence[float], values: Sequence[float]) -> Callable:
@@ -289,12 +289,12 @@ def stairs(edges: Sequence[float], values: Sequence[float]) -> Callable:
     def step(v):
         """As `stairs` says."""
 
-    @_define(step, FLOATS, FLOATS)
+    @define(step, FLOATS, FLOATS)
     def _(builder, v):
-        found = _constant(FLOATS, values[0])
+        found = constant(FLOATS, values[0])
         for edge, value in zip(edges, values[1:], strict=True):
-            below = builder.fcmp_ordered("<", v, _constant(FLOATS, edge))
-            found = builder.select(below, found, _constant(FLOATS, value))
+            below = builder.fcmp_ordered("<", v, constant(FLOATS, edge))
+            found = builder.select(below, found, constant(FLOATS, value))
         return found
 
     return step
@@ -316,7 +316,7 @@ def store_bytes(array, at, v):
     """Put the low bytes of sixteen int32 into an array of uint8."""
 
 
-def _pointer(context, builder, kind, array, at, vector):
+def pointer(context, builder, kind, array, at, vector):
     data = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [at]), ir.PointerType(vector))
 
@@ -337,27 +337,27 @@ def _memory(function, element, *values):
 
 @_memory(load, types.float32)
 def _(context, builder, sig, args):
-    place = _pointer(context, builder, sig.args[0], *args, _LOWERED[FLOATS])
+    place = pointer(context, builder, sig.args[0], *args, LOWERED[FLOATS])
     return builder.load(place, align=4)
 
 
 @_memory(load_bytes, types.uint8)
 def _(context, builder, sig, args):
-    place = _pointer(context, builder, sig.args[0], *args, _BYTES)
-    return builder.zext(builder.load(place, align=1), _LOWERED[INTS])
+    place = pointer(context, builder, sig.args[0], *args, BYTES)
+    return builder.zext(builder.load(place, align=1), LOWERED[INTS])
 
 
 @_memory(store, types.float32, FLOATS)
 def _(context, builder, sig, args):
-    place = _pointer(context, builder, sig.args[0], args[0], args[1], _LOWERED[FLOATS])
+    place = pointer(context, builder, sig.args[0], args[0], args[1], LOWERED[FLOATS])
     builder.store(args[2], place, align=4)
     return context.get_dummy_value()
 
 
 @_memory(store_bytes, types.uint8, INTS)
 def _(context, builder, sig, args):
-    place = _pointer(context, builder, sig.args[0], args[0], args[1], _BYTES)
-    builder.store(builder.trunc(args[2], _BYTES), place, align=1)
+    place = pointer(context, builder, sig.args[0], args[0], args[1], BYTES)
+    builder.store(builder.trunc(args[2], BYTES), place, align=1)
     return context.get_dummy_value()
 
 
@@ -375,10 +375,10 @@ def _(context):
 @lower_builtin(transpose, types.Array, types.intp, types.intp, types.Array, types.intp)
 def _(context, builder, sig, args):
     array, at, stride, out, to = args
-    vector, rows = _LOWERED[FLOATS], []
+    vector, rows = LOWERED[FLOATS], []
     for _ in range(LANES):
         rows.append(
-            builder.load(_pointer(context, builder, sig.args[0], array, at, vector), align=4)
+            builder.load(pointer(context, builder, sig.args[0], array, at, vector), align=4)
         )
         at = builder.add(at, stride)
     distance = LANES // 2
@@ -391,7 +391,7 @@ def _(context, builder, sig, args):
             rows[j], rows[j + distance] = (_shuffle(builder, a, b, m) for m in (low, high))
         distance //= 2
     for row in rows:
-        builder.store(row, _pointer(context, builder, sig.args[3], out, to, vector), align=4)
+        builder.store(row, pointer(context, builder, sig.args[3], out, to, vector), align=4)
         to = builder.add(to, ir.Constant(to.type, LANES))
     return context.get_dummy_value()
 

@@ -1,0 +1,165 @@
+"""What a dequantising kernel reads of a block and writes of weights, sixteen lanes at a time.
+
+Places count bytes from an array's start, of any alignment; the machine is little-endian, as GGUF
+is. A scalar read is one instruction, `look_up` two (a shuffle of bytes) on x86.
+"""
+
+from collections.abc import Callable, Sequence
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core.typing import signature
+from numba.extending import lower_builtin, type_callable
+
+from .numba_vector import (
+    BYTES,
+    FLOATS,
+    INTS,
+    LANES,
+    LOWERED,
+    MASK,
+    WORD,
+    constant,
+    define,
+    pointer,
+)
+
+_SHORT, _LONG = ir.IntType(16), ir.IntType(64)
+_SHORTS, _HALF = ir.VectorType(_SHORT, LANES), ir.HalfType()
+
+
+def half(array, at):
+    """float32: the IEEE half at byte `at` of uint8."""
+
+
+def short(array, at):
+    """int64: two bytes, unsigned."""
+
+
+def word(array, at):
+    """int64: four bytes, unsigned."""
+
+
+def long(array, at):
+    """int64: eight bytes."""
+
+
+def load_signed(array, at):
+    """Sixteen int8 from byte `at` of uint8 on, as int32."""
+
+
+def _reads(function: Callable, result: types.Type, memory: ir.Type) -> Callable:
+    """Type `function(array of uint8, place)`; what is decorated converts `memory` to `result`."""
+
+    def typed(array, at):
+        bytes_ = isinstance(array, types.Array) and array.dtype == types.uint8
+        return signature(result, array, types.intp) if bytes_ else None
+
+    type_callable(function)(lambda context: typed)
+
+    def decorate(convert):
+        @lower_builtin(function, types.Array, types.intp)
+        def _(context, builder, sig, args):
+            place = pointer(context, builder, sig.args[0], *args, memory)
+            return convert(builder, builder.load(place, align=1))
+
+    return decorate
+
+
+_reads(half, types.float32, _HALF)(lambda builder, v: builder.fpext(v, ir.FloatType()))
+_reads(short, types.int64, _SHORT)(lambda builder, v: builder.zext(v, _LONG))
+_reads(word, types.int64, WORD)(lambda builder, v: builder.zext(v, _LONG))
+_reads(long, types.int64, _LONG)(lambda builder, v: v)
+_reads(load_signed, INTS, BYTES)(lambda builder, v: builder.sext(v, LOWERED[INTS]))
+
+
+def join(low, high):
+    """The eight int8 of an int64, and those of another, as int32."""
+
+
+def lanes_of(bits):
+    """The mask that is set in lane j where bit j of an int64 is."""
+
+
+@type_callable(join)
+def _(context):
+    return lambda low, high: signature(INTS, types.int64, types.int64)
+
+
+@lower_builtin(join, types.int64, types.int64)
+def _(context, builder, sig, args):
+    pair = ir.Constant(ir.VectorType(_LONG, 2), ir.Undefined)
+    for lane, value in enumerate(args):
+        pair = builder.insert_element(pair, value, ir.Constant(WORD, lane))
+    return builder.sext(builder.bitcast(pair, BYTES), LOWERED[INTS])
+
+
+@type_callable(lanes_of)
+def _(context):
+    return lambda bits: signature(MASK, types.int64)
+
+
+@lower_builtin(lanes_of, types.int64)
+def _(context, builder, sig, args):
+    return builder.bitcast(builder.trunc(args[0], _SHORT), LOWERED[MASK])
+
+
+def look_up(values: Sequence[int]) -> Callable:
+    """A function of an int32 vector of 0 … 15: values[lane], sixteen int8, as int32."""
+
+    def looked(v):
+        """As `look_up` says."""
+
+    table = ir.Constant(BYTES, [int(value) for value in values])
+
+    @define(looked, INTS, INTS)
+    def _(builder, v):
+        v = builder.trunc(v, BYTES)
+        if llvm.get_process_triple().startswith("x86_64"):
+            kind, name = ir.FunctionType(BYTES, [BYTES, BYTES]), "llvm.x86.ssse3.pshuf.b.128"
+            known = builder.module.globals
+            shuffle = known[name] if name in known else ir.Function(builder.module, kind, name)
+            found = builder.call(shuffle, [table, v])
+        else:
+            found = ir.Constant(BYTES, [int(values[0])] * LANES)
+            for k in range(1, LANES):
+                same = builder.icmp_signed("==", v, ir.Constant(BYTES, [k] * LANES))
+                value = ir.Constant(BYTES, [int(values[k])] * LANES)
+                found = builder.select(same, value, found)
+        return builder.sext(found, LOWERED[INTS])
+
+    return looked
+
+
+def put(array, at, v):
+    """Sixteen float32 into an array of float32, or, rounded as torch rounds them (half to even,
+    every NaN alike), into one of uint16: bfloat16's bits.
+    """
+
+
+@type_callable(put)
+def _(context):
+    def typed(array, at, v):
+        fits = isinstance(array, types.Array) and array.dtype in (types.float32, types.uint16)
+        return signature(types.none, array, types.intp, v) if fits and v == FLOATS else None
+
+    return typed
+
+
+@lower_builtin(put, types.Array, types.intp, FLOATS)
+def _(context, builder, sig, args):
+    array, at, v = args
+    if sig.args[0].dtype == types.float32:
+        place = pointer(context, builder, sig.args[0], array, at, LOWERED[FLOATS])
+        builder.store(v, place, align=4)
+    else:
+        bits = builder.bitcast(v, LOWERED[INTS])
+        odd = builder.and_(builder.lshr(bits, constant(INTS, 16)), constant(INTS, 1))
+        rounded = builder.add(builder.add(bits, constant(INTS, 0x7FFF)), odd)
+        nan = builder.fcmp_unordered("uno", v, v)
+        rounded = builder.select(nan, constant(INTS, 0x7FC00000), rounded)
+        short = builder.trunc(builder.lshr(rounded, constant(INTS, 16)), _SHORTS)
+        place = pointer(context, builder, sig.args[0], array, at, _SHORTS)
+        builder.store(short, place, align=2)
+    return context.get_dummy_value()
