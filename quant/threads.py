@@ -1,9 +1,17 @@
-"""Work shared out to plain threads, as many as torch would take: the kernels let go of the GIL.
+"""Work on several threads, without two pools of them on the same cores.
 
-Torch's own threads wait for one another by spinning, on the very cores that others' work wants; so
-what runs here keeps its tensors below the size at which torch would wake them (see `PIECE`).
+A kernel's parts run on torch's own threads. Between two operations these spin for some
+milliseconds, so that the next one finds them awake; a thread of ours would have to share a core
+with one of them, and dequantising between two products would run at half its speed. So parts run
+where torch's would, by the entry point that compilers call for `#pragma omp parallel`, in the
+OpenMP library that torch has loaded (GNU's has it, and LLVM's and Intel's for its sake). Where
+torch shows none, as on Windows, a pool of threads does.
+
+A long row of items (`in_order`) takes that pool from the start: what each of them calls stays on
+its thread, if it lets torch have no more than `PIECE` numbers at a time.
 """
 
+import ctypes
 import os
 import sys
 import threading
@@ -11,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -18,20 +27,37 @@ import torch
 PIECE = 2**15  # numbers up to which torch's element-wise operations stay on the thread that calls
 _LEAST = 2**14  # numbers that are worth a thread
 _MOST = 32  # threads of `in_order`: each holds some 20 MB
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _ours = threading.local()
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 def in_threads(work: Callable[[int, int], Result], n: int, size: int) -> list[Result]:
-    """What work(first, end) returns for shares of 0 … n, things of `size` numbers each.
+    """What work(first, end) returns for the parts of 0 … n, things of `size` numbers each.
 
-    Within one of these threads all of it is a single share.
+    As many parts as torch has threads; one within `in_order`. What `work` calls should let go of
+    the GIL. Raises: what the first part that failed raised.
     """
     threads = max(1, min(torch.get_num_threads(), n * size // _LEAST))
     if threads == 1 or getattr(_ours, "working", False):
         return [work(0, n)]
     bounds = [n * i // threads for i in range(threads + 1)]
-    return list(_pool(torch.get_num_threads()).map(work, bounds, bounds[1:]))
+    parts, results, errors = iter(list(enumerate(pairwise(bounds)))), [None] * threads, []
+
+    def take_parts(_=None) -> None:
+        try:
+            for i, (first, end) in parts:  # OpenMP may give fewer threads than it was asked for
+                results[i] = work(first, end)
+        except BaseException as error:  # noqa: BLE001  C would lose it
+            errors.append(error)
+
+    if (parallel := _openmp()) is not None:
+        parallel(_BODY(take_parts), None, threads, 0)
+    else:
+        list(_pool(torch.get_num_threads()).map(take_parts, range(threads)))
+    if errors:
+        raise errors[0]
+    return results
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -55,6 +81,18 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
         for future in begun:
             future.cancel()
         wait(begun)
+
+
+@cache
+def _openmp() -> Callable | None:
+    """`void GOMP_parallel(void (*body)(void *), void *data, unsigned threads, unsigned flags)`"""
+    try:
+        function = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = (_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return function
 
 
 @cache

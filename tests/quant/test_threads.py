@@ -1,5 +1,6 @@
-"""Work on plain threads: the order of results, errors, and threads within threads."""
+"""Parts of a kernel on torch's threads, or on threads of our own; and long rows of items."""
 
+import importlib
 import threading
 import time
 
@@ -7,8 +8,18 @@ import pytest
 import torch
 from fewstep.quant.threads import in_order, in_threads
 
+MODULE = importlib.import_module("fewstep.quant.threads")
 
-@pytest.fixture(autouse=True, params=[1, 4])
+
+@pytest.fixture(params=["OpenMP", "pool"], autouse=True)
+def way(request, monkeypatch):
+    if request.param == "pool":
+        monkeypatch.setattr(MODULE, "_openmp", lambda: None)
+    elif MODULE._openmp() is None:
+        pytest.skip("torch's OpenMP library shows no GOMP_parallel")
+
+
+@pytest.fixture(params=[1, 2, 3], autouse=True)
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -16,7 +27,56 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def test_results_come_in_the_order_of_the_items():
+@pytest.mark.parametrize("n", [0, 1, 2, 1000])
+def test_each_part_is_done_once(n):
+    done, lock = [0] * n, threading.Lock()
+
+    def work(first, end):
+        with lock:
+            for i in range(first, end):
+                done[i] += 1
+
+    for _ in range(20):
+        in_threads(work, n, 2**20)
+    assert done == [20] * n
+
+
+def test_parts_run_side_by_side(threads):
+    together = threading.Barrier(threads)
+    in_threads(lambda first, end: together.wait(timeout=60), threads, 2**20)
+
+
+def test_little_work_stays_in_one_thread():
+    parts = []
+    in_threads(lambda *part: parts.append(part), 100, 1)
+    assert parts == [(0, 100)]
+
+
+def test_what_a_part_raises_is_raised():
+    def work(first, end):
+        if end == 10:
+            raise ValueError("in the last part")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="in the last part"):
+            in_threads(work, 10, 2**20)
+
+
+def test_works_from_any_thread(threads):
+    """ComfyUI runs a prompt in a thread of its own."""
+    parts = []
+    caller = threading.Thread(target=in_threads, args=(lambda *p: parts.append(p), 6, 2**20))
+    caller.start()
+    caller.join(timeout=60)
+    assert len(parts) == threads
+
+
+def test_results_stand_in_the_order_of_the_parts(threads):
+    shares = in_threads(lambda first, end: list(range(first, end)), 10, 2**14)
+    assert len(shares) == threads and [n for share in shares for n in share] == list(range(10))
+
+
+def test_items_come_in_their_order():
     def slow_first(item: int) -> int:
         time.sleep(0.02 if item == 0 else 0)
         return item * item
@@ -24,31 +84,26 @@ def test_results_come_in_the_order_of_the_items():
     assert list(in_order(slow_first, range(40))) == [item * item for item in range(40)]
 
 
-def test_an_error_is_raised_in_its_turn_and_ends_all():
-    ran = []
+def test_an_items_error_is_raised_in_its_turn_and_ends_all():
+    begun, results = [], []
 
     def work(item: int) -> int:
-        ran.append(item)
+        begun.append(item)
         if item == 3:
             raise ValueError("the third")
         return item
 
-    results = []
     with pytest.raises(ValueError, match="the third"):
         for result in in_order(work, range(1000)):
             results.append(result)
-    assert results == [0, 1, 2] and len(ran) < 20
+    assert results == [0, 1, 2] and len(begun) < 20
     time.sleep(0.01)
-    assert len(ran) < 20
+    assert len(begun) < 20
 
 
-def test_shares_cover_everything_once_and_a_share_within_is_not_shared_again(threads):
-    def inner(first: int, end: int) -> tuple[int, int, int]:
-        return first, end, threading.get_ident()
+def test_within_an_item_parts_stay_on_its_thread(threads):
+    def item(_) -> list[int]:
+        here = threading.get_ident()
+        return [there == here for there in in_threads(lambda *_: threading.get_ident(), 8, 2**20)]
 
-    def outer(first: int, end: int) -> list[tuple[int, int, int]]:
-        return in_threads(lambda a, b: inner(first + a, first + b), end - first, 2**14)
-
-    shares = [share for part in in_threads(outer, 10, 2**14) for share in part]
-    assert len(shares) == threads
-    assert [number for first, end, _ in shares for number in range(first, end)] == list(range(10))
+    assert list(in_order(item, range(8))) == [[True]] * 8
