@@ -32,9 +32,8 @@ class TakesLoRA:
 
     written, unloaded, branch_of = False, False, ([], None)
 
-    def side_branch(self) -> SideBranch | None:
-        """The LoRAs to be computed beside the weight; None if there are none, or dense ones."""
-        waiting = self.waiting_patch()
+    def side_branch(self, waiting: LowVramPatch | None) -> SideBranch | None:
+        """Waiting LoRAs as computed beside the weight; None if there are none, or dense ones."""
         if waiting is None:
             return None
         patches, (known, branch) = waiting.patches[waiting.key], self.branch_of

@@ -134,12 +134,12 @@ class _TakeOver:
     def weight_lowvram_function(self, patch):
         self.gguf_patch = patch
 
-    def cast(self, dtype, device, patched=True):
-        """Weight and bias in `dtype` on `device`, patches added unless told otherwise; and the
-        host's return token.
+    def cast(self, dtype, device, waiting=None, beside=False):
+        """Weight and bias in `dtype` on `device`, with what `waiting_patch` gave added, unless that
+        is computed `beside` the weight; and the host's return token.
         """
-        waiting, functions = self.waiting_patch(), self.weight_function
-        if not patched:
+        functions = self.weight_function
+        if beside:
             self.weight_function = [f for f in functions if f is not waiting]
         try:
             weight, bias, stream = comfy.ops.cast_bias_weight(
@@ -149,7 +149,7 @@ class _TakeOver:
             self.weight_function = functions
         if isinstance(weight, QuantizedTensor):
             weight = weight.to(dtype=dtype).dequantize()
-        if patched and waiting is not None and waiting not in functions:
+        if waiting is not None and not beside and waiting not in functions:
             weight = waiting(weight.clone() if weight is self.weight else weight)
         return weight, bias, stream
 
@@ -163,9 +163,11 @@ class _TakeOver:
     def uncast(self, weight, bias, stream):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
-    def apply_weight(self, function, input, patched=True):
-        """function(input, weight, bias), both in the input's type; the result is checked once."""
-        weight, bias, stream = self.cast(input.dtype, input.device, patched)
+    def apply_weight(self, function, input, waiting=None, beside=False):
+        """function(input, weight, bias), both in the input's type, see `cast`; the result is
+        checked once.
+        """
+        weight, bias, stream = self.cast(input.dtype, input.device, waiting, beside)
         output = function(input, weight, bias)
         self.uncast(weight, bias, stream)
         if not self.gguf_checked:
@@ -202,33 +204,30 @@ def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type
 
     class Conv(TakeOver):
         def forward_comfy_cast_weights(self, input):
-            return self.apply_weight(self._conv_forward, input)
+            return self.apply_weight(self._conv_forward, input, self.waiting_patch())
 
     class GGUFOps(host):
         gguf_file = TakeOver.gguf_file
 
         class Linear(TakesLoRA, TakeOver, host.Linear):
             def forward_comfy_cast_weights(self, input):
-                branch = self.side_branch()
-                output = multiply_few(self, input) if self.is_untouched(branch) else None
+                waiting = self.waiting_patch()
+                branch = self.side_branch(waiting)
+                added = self.weight_function or self.bias_function or (waiting and not branch)
+                output = None if added else multiply_few(self, input)
                 if output is not None and not self.gguf_checked:
                     self.gguf_checked = bool(output.isfinite().all())
                 if output is None or not self.gguf_checked:
-                    return self.multiply(input, branch)
+                    return self.multiply(input, waiting, branch)
                 return output if branch is None else branch.add(output, input)
 
-            def multiply(self, input, branch):
+            def multiply(self, input, waiting, branch):
                 x = input.to(product_dtype(self, input))
-                output = self.apply_weight(torch.nn.functional.linear, x, branch is None)
+                linear = torch.nn.functional.linear
+                output = self.apply_weight(linear, x, waiting, beside=branch is not None)
                 if branch is not None:
                     output = branch.add(output, x)
                 return output.to(input.dtype)
-
-            def is_untouched(self, branch):
-                """Whether nothing is to be added to weight and bias themselves."""
-                if self.weight_function or self.bias_function:
-                    return False
-                return branch is not None or self.waiting_patch() is None
 
         class Conv1d(Conv, host.Conv1d): ...
 
@@ -240,7 +239,8 @@ def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type
             def forward_comfy_cast_weights(self, input, out_dtype=None):
                 """Only the rows asked for are dequantised."""
                 if self.gguf_patch is not None:
-                    weight, bias, stream = self.cast(out_dtype or self.weight.dtype, input.device)
+                    dtype = out_dtype or self.weight.dtype
+                    weight, bias, stream = self.cast(dtype, input.device, self.waiting_patch())
                     rows = torch.nn.functional.embedding(input, weight)
                 elif is_gguf(self.weight) and not self.weight_function:
                     weight, bias, stream = comfy.ops.cast_bias_weight(

@@ -47,6 +47,10 @@ def module(model):
     return comfy.utils.get_attr(model.model.diffusion_model, QKV)
 
 
+def branch_of(layer):
+    return layer.side_branch(layer.waiting_patch())
+
+
 def test_equals_the_lora_on_the_dequantised_model(exact, models):
     model, reference = models
     plain = sample(model)
@@ -84,10 +88,10 @@ def test_ranks_of_several_are_joined_and_take_their_own_size(exact, models):
     for strength, file in zip((1.0, -0.5, 0.25), files, strict=True):
         model, reference = load(model, file, strength), load(reference, file, strength)
     torch.testing.assert_close(sample(model), sample(reference), **CLOSE)
-    branch = module(model).side_branch()
+    branch = branch_of(module(model))
     (joined,) = branch.joined
     assert branch.rank == 28 and branch.elements == 28 * (ROWS + COLUMNS)
-    assert joined[2].shape == (ROWS, 28) and joined[3].shape == (28, COLUMNS)
+    assert joined[2].shape == (28, ROWS) and joined[3].shape == (COLUMNS, 28)
 
 
 def test_a_lora_on_a_part_of_the_weight(exact, models):
@@ -101,7 +105,7 @@ def test_a_lora_on_a_part_of_the_weight(exact, models):
         for patcher in (model, reference):
             patcher.add_patches({part: adapter}, 0.7)
     torch.testing.assert_close(sample(model), sample(reference), **CLOSE)
-    assert module(model).side_branch().rank == 8
+    assert branch_of(module(model)).rank == 8
 
 
 def lokr():
@@ -137,7 +141,7 @@ def test_other_adapters_are_added_to_the_weight(exact, models, make):
     drawn = sample(patched)
     assert torch.equal(drawn, sample(load(reference, make())))
     assert not torch.equal(drawn, plain)
-    assert module(model).side_branch() is None and KEY + ".weight" in patched.backup
+    assert branch_of(module(model)) is None and KEY + ".weight" in patched.backup
     assert torch.equal(sample(model), plain)
     assert is_gguf(weight(model))
 
@@ -155,7 +159,7 @@ def test_bias_beside_a_side_branch(exact, models):
     file = low_rank() | {f"{KEY}.diff_b": normal(ROWS)}
     drawn = sample(load(model, file))
     torch.testing.assert_close(drawn, sample(load(reference, file)), **CLOSE)
-    assert is_gguf(weight(model)) and module(model).side_branch() is not None
+    assert is_gguf(weight(model)) and branch_of(module(model)) is not None
     assert torch.equal(sample(model), plain)
 
 
@@ -199,7 +203,7 @@ def test_dynamic_vrams_patch_is_a_side_branch_too(exact, models):
     layer.weight_lowvram_function = patch
     up, down = low_rank().values()
     assert layer.weight_lowvram_function is None  # the host must not requantise
-    assert layer.side_branch().rank == 4
+    assert branch_of(layer).rank == 4
     torch.testing.assert_close(layer(x), plain + x @ down.T @ up.T, rtol=1e-4, atol=1e-4)
     layer.weight_lowvram_function = None
     assert torch.equal(layer(x), plain)
@@ -235,7 +239,7 @@ def test_text_encoders_take_loras_beside_their_weights(exact, tmp_path):
     assert not torch.equal(plain, drawn)
     path = "clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj"
     projection = comfy.utils.get_attr(clip.cond_stage_model, path)
-    assert projection.side_branch().rank == 4
+    assert branch_of(projection).rank == 4
     assert torch.equal(clip.encode_from_tokens(tokens), plain)
 
 
