@@ -6,21 +6,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distill.teacher import END, START, FlowModel
+from ..distill.model import FlowModel, empty_prompt
 from ..flow import sample_euler
 from ..host import modules
 from .captions import Caption, draw_captions
+from .prompts import tokenize
 from .score import Verdict, score
 
-EMPTY = [START] + [END] * (modules.TOKENS - 1)
 LATENT = (16, 16, 16)  # channels, height, width behind 128×128 pixels
 
 
 def denoiser(model: FlowModel, prompts: Sequence[str], cfg: float = 1.0):
     """`f(x, sigma) -> denoised` for flow's samplers, conditioned on as many prompts as pictures."""
     device = next(model.parameters()).device
-    told = model.text(torch.tensor([modules.tokenize(text) for text in prompts], device=device))
-    untold = model.text(torch.tensor([EMPTY] * len(prompts), device=device)) if cfg != 1 else None
+    tokens = tokenize(prompts).to(device)
+    told = model.encode(tokens)
+    untold = model.encode(empty_prompt(tokens)) if cfg != 1 else None
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         velocity = modules.velocity(model.mmdit, x, sigma, *told)

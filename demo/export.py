@@ -8,7 +8,8 @@ from gguf import GGMLQuantizationType as QType
 from gguf.quants import quantize
 from torch import Tensor, nn
 
-from ..distill.teacher import END, FlowModel, TeacherConfig
+from ..distill.model import END, FlowModel
+from ..distill.teacher import TeacherConfig
 from ..flow import Preset, preset_to_metadata, uniform
 from ..quant import write_gguf
 

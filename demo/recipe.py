@@ -18,14 +18,16 @@ from torch import Tensor
 
 from ..distill.guidance import GuidanceTask
 from ..distill.loop import Budget, Task, load_checkpoint, save_atomically, train
+from ..distill.model import FlowModel
 from ..distill.reflow import Mend, ReflowTask
-from ..distill.teacher import FlowModel, TeacherConfig, TeacherTask
+from ..distill.teacher import TeacherConfig, TeacherTask
 from ..host import modules
 from .captions import VOCABULARY, draw_captions, spoken
 from .evaluate import LATENT
 from .export import PRESET
 from .latents import LatentCode, fit_latent_code
 from .nearest import nearest_places
+from .prompts import tokenize
 from .scenes import draw, render
 from .vae import DECODER_GAIN, VAETask
 
@@ -49,19 +51,21 @@ def vocabulary() -> set[int]:
     return {token for word in VOCABULARY for token in modules.token_ids(word)}
 
 
-def training_batch(code: LatentCode, batch: int, index: int) -> tuple[Tensor, Tensor]:
-    """Batch number `index`: latents (batch, 16, 16, 16) and token ids (batch, 77)."""
+def training_batch(
+    code: LatentCode, batch: int, index: int, encoders: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Batch number `index`: latents (batch, 16, 16, 16) and prompts (batch, encoders, 77)."""
     rng = np.random.default_rng((8, index))
     captions = draw_captions(rng, batch, MIXTURE)
-    tokens = torch.tensor([modules.tokenize(spoken(caption, rng)) for caption in captions])
+    tokens = tokenize([spoken(caption, rng) for caption in captions], encoders)
     return code.encode(draw(captions, rng)), tokens
 
 
 def reflow_batch(code: LatentCode, batch: int, seed: int, index: int) -> tuple[Tensor, Mend]:
-    """Token ids (batch, 77), and the way from latents to those of the nearest right pictures."""
+    """Prompts (batch, 1, 77), and the way from latents to those of the nearest right pictures."""
     rng = np.random.default_rng((9 + seed, index))
     captions = draw_captions(rng, batch, MIXTURE)
-    tokens = torch.tensor([modules.tokenize(spoken(caption, rng)) for caption in captions])
+    tokens = tokenize([spoken(caption, rng) for caption in captions])
 
     def mend(latents: Tensor) -> Tensor:
         pictures = zip(code.decode(latents).numpy(), captions, strict=True)

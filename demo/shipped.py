@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..distill.teacher import FlowModel, TeacherConfig
+from ..distill.model import FlowModel
+from ..distill.teacher import TeacherConfig
 from ..host import modules
 from ..quant import GGUFFile, dequantize
 from .export import FILES

@@ -10,19 +10,14 @@ Source: Meng et al. 2023, "On Distillation of Guided Diffusion Models", arXiv 22
 import torch
 from torch import Tensor
 
-from .teacher import (
-    Batch,
-    FlowModel,
-    TeacherConfig,
-    TeacherTask,
-    empty_prompt,
-)
+from .model import FlowModel, empty_prompt
+from .teacher import Batch, TeacherConfig, TeacherTask
 
 
 class GuidanceTask(TeacherTask):
     """Learn a frozen teacher's guided velocity, as a task for `distill.loop.train`.
 
-    `data(index)` gives latents and token ids as it does for TeacherTask.
+    `data(index)` gives latents and prompts as it does for TeacherTask.
     """
 
     name = "guided"

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..flow import sample_euler
-from .teacher import FlowModel, TeacherConfig, TeacherTask
+from .model import FlowModel
+from .teacher import TeacherConfig, TeacherTask
 
 Mend = Callable[[Tensor], Tensor]
 
@@ -26,9 +27,9 @@ Mend = Callable[[Tensor], Tensor]
 class ReflowTask(TeacherTask):
     """Straighten a frozen teacher, as a task for `distill.loop.train`; the student starts as it.
 
-    `data(index)` gives token ids (n, 77) and the function that mends the latents, each of `shape`,
-    that the teacher makes of them by euler steps along `sigmas`. There are `batches` batches of
-    pairs, each made when first needed and kept.
+    `data(index)` gives prompts (n, encoders, 77) and the function that mends the latents, each of
+    `shape`, that the teacher makes of them by euler steps along `sigmas`. There are `batches`
+    batches of pairs, each made when first needed and kept.
     """
 
     name = "reflow"
@@ -66,7 +67,7 @@ class ReflowTask(TeacherTask):
     def _make(self, number: int) -> tuple[Tensor, Tensor]:
         """Batch `number`: the pictures, mended, that the teacher makes of its noise, and tokens."""
         tokens, mend = self.data(number)
-        short = tokens[:, : self.config.short_context].to(self.device)
+        short = tokens[..., : self.config.short_context].to(self.device)
         noise = self._noise(number, (len(tokens), *self.shape)).to(self.device)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:

@@ -14,22 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..host import modules
-
-START, END = 49406, 49407  # CLIP's special tokens; END is the padding too
-UNKNOWN = 0  # the row of the token table that stays zero
+from .model import ABSENT, CLIP, START, T5, T5_END, FlowModel, ModelConfig, empty_prompt
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class TeacherConfig:
+class TeacherConfig(ModelConfig):
     """Sizes of the model and how it learns; rates are those at the plateau."""
 
-    depth: int = 4  # blocks and heads; the hidden width is 64·depth
-    text_width: int = 128
-    text_layers: int = 3
-    text_heads: int = 4
     batch: int = 64
     muon_rate: float = 2e-3  # scaled to AdamW's size of update
     adam_rate: float = 1e-3
@@ -40,6 +33,9 @@ class TeacherConfig:
     clip: float = 1.0  # norm of the gradient
     shift: float = 5.0  # of the logit-normal noise levels (SD3, arXiv 2403.03206, 3.1)
     empty_prompt: float = 0.1  # share of captions dropped, for guidance
+    drop_clip: float = 0.0  # share of prompts whose CLIP-L is zeroed
+    drop_t5: float = 0.0  # share of prompts whose T5 is zeroed, independently of CLIP-L
+    omit_t5: float = 0.0  # share of batches that leave T5's tokens out
     unknown_token: float = (
         0.02  # share of tokens replaced by zero, so that unknown words do no harm
     )
@@ -50,44 +46,10 @@ class TeacherConfig:
     seed: int = 0
 
 
-class PromptEncoder(nn.Module):
-    """CLIP-L in small, with a token table that holds only the ids in use."""
-
-    def __init__(self, config: TeacherConfig, vocabulary: Sequence[int]):
-        super().__init__()
-        ids = sorted({START, END, *vocabulary})
-        self.register_buffer("ids", torch.tensor(ids))
-        self.register_buffer("rows", torch.zeros(END + 1, dtype=torch.long), persistent=False)
-        self.rows[self.ids] = torch.arange(1, len(ids) + 1)
-        self.table = nn.Parameter(0.02 * torch.randn(len(ids) + 1, config.text_width))
-        self.table.data[UNKNOWN] = 0
-        self.clip = modules.build_text_model(
-            config.text_width, config.text_layers, config.text_heads
-        )
-
-    def forward(self, tokens: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Context (n, t, width) and pooled (n, width) of CLIP ids (n, t); `known` masks words."""
-        rows = self.rows[tokens] if known is None else self.rows[tokens] * known
-        embeds = nn.functional.embedding(rows, self.table, padding_idx=UNKNOWN)
-        return modules.encode_text(self.clip, embeds, (tokens == END).int().argmax(1))
-
-
-class FlowModel(nn.Module):
-    """Text encoder and MMDiT together: (x, sigma, tokens) to velocity."""
-
-    def __init__(self, config: TeacherConfig, vocabulary: Sequence[int]):
-        super().__init__()
-        self.text = PromptEncoder(config, vocabulary)
-        self.mmdit = modules.build_mmdit(config.depth, config.text_width)
-
-    def forward(self, x: Tensor, sigma: Tensor, tokens: Tensor, known=None) -> Tensor:
-        return modules.velocity(self.mmdit, x, sigma, *self.text(tokens, known))
-
-
 class TeacherTask:
     """Flow matching as a task for `distill.loop.train`.
 
-    `data(index)` gives batch number `index`: latents (n, 16, h, w) and CLIP token ids (n, 77).
+    `data(index)` gives batch number `index`: latents (n, 16, h, w) and prompts (n, encoders, 77).
     """
 
     name = "teacher"
@@ -101,6 +63,13 @@ class TeacherTask:
         self.optimizers = build_optimizers(self.model, config)
         if config.compiled:
             compile_blocks(self.model)
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Go on from a model's averaged weights; a T5 that they lack keeps its first ones."""
+        lacking, _ = self.model.load_state_dict(weights, strict=False)
+        if wrong := [name for name in lacking if not name.startswith("t5.")]:
+            raise ValueError(f"the model to start from lacks {wrong[0]}: it is of another kind")
+        self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def _start_as(self, teacher: FlowModel) -> None:
         """Keep a frozen teacher, and start from its weights."""
@@ -131,9 +100,10 @@ class TeacherTask:
         draw.manual_seed(config.seed * 1_000_003 + index)
         latents, tokens, noise, sigma = self._batch(index, draw)
         known = torch.rand(tokens.shape, generator=draw) >= config.unknown_token
-        known |= tokens >= START
+        known[:, CLIP] |= tokens[:, CLIP] >= START
+        known[:, T5:] |= tokens[:, T5:] <= T5_END
         if progress < config.full_from and index % config.full_every:
-            tokens, known = tokens[:, : config.short_context], known[:, : config.short_context]
+            tokens, known = tokens[..., : config.short_context], known[..., : config.short_context]
         x = torch.lerp(latents, noise, sigma[:, None, None, None])
         x, sigma, tokens, known = (t.to(self.device) for t in (x, sigma, tokens, known))
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -144,10 +114,22 @@ class TeacherTask:
     def _batch(self, index: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents, token ids, noise like the latents, and noise levels (n,)."""
         latents, tokens = self.data(index)
-        empty = torch.rand(len(tokens), 1, generator=draw) < self.config.empty_prompt
+        empty = torch.rand(len(tokens), 1, 1, generator=draw) < self.config.empty_prompt
         tokens = torch.where(empty, empty_prompt(tokens), tokens)
         noise = torch.randn(latents.shape, generator=draw)
-        return latents, tokens, noise, self._sigma(len(latents), draw)
+        sigma = self._sigma(len(latents), draw)
+        return latents, self._drop_encoders(tokens, draw), noise, sigma
+
+    def _drop_encoders(self, tokens: Tensor, draw: torch.Generator) -> Tensor:
+        """Prompts (n, encoders, t) of which some do without an encoder; see TeacherConfig."""
+        config = self.config
+        if tokens.shape[1] == 1:
+            return tokens
+        if torch.rand((), generator=draw) < config.omit_t5:
+            return tokens[:, :T5]
+        share = torch.tensor([config.drop_clip, config.drop_t5])[:, None]
+        absent = torch.rand(len(tokens), 2, 1, generator=draw) < share
+        return tokens.masked_fill(absent, ABSENT)
 
     def _sigma(self, number: int, draw: torch.Generator) -> Tensor:
         shift, time = self.config.shift, torch.sigmoid(torch.randn(number, generator=draw))
@@ -188,24 +170,18 @@ def compile_blocks(model: FlowModel) -> None:
         block.compile(dynamic=False)
 
 
-def empty_prompt(tokens: Tensor) -> Tensor:
-    """Token ids of the empty prompt, as many and as long as `tokens` (n, t)."""
-    blank = torch.full_like(tokens, END)
-    blank[:, 0] = START
-    return blank
-
-
 def build_optimizers(model: nn.Module, config: TeacherConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of attention and MLPs, AdamW for all else; "peak" is the plateau rate.
 
     Source: Jordan et al. 2024 (Muon); Liu et al. 2025 (arXiv 2502.16982) for the size of update.
     """
+    hidden_parts = [".attn.", ".mlp.f", "encoder.layers"]
+    if config.t5_pieces:  # 4096 inputs at once move an AdamW step too far
+        hidden_parts += ["SelfAttention.", "DenseReluDense.", "context_embedder"]
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            inside = parameter.ndim == 2 and any(
-                part in name for part in (".attn.", ".mlp.f", "encoder.layers")
-            )
+            inside = parameter.ndim == 2 and any(part in name for part in hidden_parts)
             (hidden if inside else rest).append(parameter)
     muon = torch.optim.Muon(
         [{"params": hidden, "peak": config.muon_rate}],

@@ -1,4 +1,4 @@
-"""ComfyUI's own networks as trainable torch modules: MMDiT, CLIP text model, TAESD.
+"""ComfyUI's own networks as trainable torch modules: MMDiT, CLIP text model, T5, TAESD.
 
 Training the very modules that will run leaves no second formulation to keep in step. They are built
 on plain `torch.nn` operations, without the host's casting. ComfyUI must be importable.
@@ -12,6 +12,7 @@ from comfy import clip_model, sd1_clip
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.ldm.modules.diffusionmodules import mmdit
 from comfy.taesd import taesd
+from comfy.text_encoders import t5
 from torch import Tensor, nn
 
 CONTEXT_WIDTH = 4096  # SD3's: T5-XXL's width, to which CLIP's tokens are padded
@@ -149,6 +150,58 @@ def encode_text(model: nn.Module, embeds: Tensor, last: Tensor) -> tuple[Tensor,
         hidden.append(x)
     pooled = text.final_layer_norm(x)[torch.arange(len(x), device=x.device), last]
     return hidden[-2], pooled
+
+
+class _Embedding(nn.Embedding):
+    """Takes the type that the host's T5 asks of its tables' rows."""
+
+    def forward(self, ids: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+        return super().forward(ids).to(out_dtype)
+
+
+def build_t5(
+    pieces: int, layers: int, heads: int, head_width: int, feed_forward: int, width=CONTEXT_WIDTH
+) -> nn.Module:
+    """A T5 v1.1 encoder, cut short: as wide as SD3's, but of few layers, heads and pieces.
+
+    Its residual stream starts with T5's own deviations (unscaled attention).
+    """
+    config = {
+        "d_model": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "d_kv": head_width,
+        "d_ff": feed_forward,
+        "vocab_size": pieces,
+        "dense_act_fn": "gelu_pytorch_tanh",
+        "is_gated_act": True,
+        "model_type": "t5",
+    }
+    model = t5.T5(config, None, None, SimpleNamespace(**vars(nn) | {"Embedding": _Embedding}))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        if name.endswith("SelfAttention.q.weight"):
+            parameter.data.mul_(head_width**-0.5)
+    nn.init.normal_(model.shared.weight)
+    return model
+
+
+def encode_t5(model: nn.Module, ids: Tensor) -> Tensor:
+    """Context (n, tokens, width) of T5 ids (n, tokens), differentiably; padding is not masked.
+
+    The host's own forward adds in place: its layers are called one by one here (see encode_text).
+    Source: comfy.text_encoders.t5 T5Stack, T5Block.
+    """
+    x, bias = nn.functional.embedding(ids, model.shared.weight), None
+    for block in model.encoder.block:
+        first, second = block.layer
+        out, bias = first.SelfAttention(first.layer_norm(x), None, bias, attention)
+        x = x + out
+        x = x + second.DenseReluDense(second.layer_norm(x))
+    return model.encoder.final_layer_norm(x)
 
 
 def build_taesd(decoder_gain: float = 1.0) -> nn.Module:
