@@ -1,4 +1,4 @@
-"""Write a trained demo model as the three GGUF files that ship, named as ComfyUI names tensors."""
+"""Write a trained demo model as the GGUF files that ship, named as ComfyUI names tensors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,15 +8,17 @@ from gguf import GGMLQuantizationType as QType
 from gguf.quants import quantize
 from torch import Tensor, nn
 
-from ..distill.model import END, FlowModel
-from ..distill.teacher import TeacherConfig
+from ..distill.model import END, T5_END, T5_PAD, T5_UNKNOWN, FlowModel, ModelConfig
 from ..flow import Preset, preset_to_metadata, uniform
+from ..host import modules, names
 from ..quant import write_gguf
+from .prompts import PIECES
 
 NAME = "fewstep-demo"
 FILES = {
     "mmdit": f"diffusion_models/{NAME}.gguf",
     "text": f"text_encoders/{NAME}-clip-l.gguf",
+    "t5": f"text_encoders/{NAME}-t5.gguf",
     "vae": f"vae/{NAME}-vae.gguf",
 }
 SHIFT = 2.0  # of the sampling schedule; 1.5, 3 and 6 score within one picture in twenty of it
@@ -61,14 +63,61 @@ def _text_tensors(model: FlowModel) -> Iterator[Entry]:
             yield name, value.float() if value.ndim < 2 else value.half()
 
 
+def _t5_tensors(t5: nn.Module) -> Iterator[Entry]:
+    """Under llama.cpp's names, so that whatever reads a T5 encoder in GGUF reads this one."""
+    inner = {theirs: ours for ours, theirs in names.T5.items()}
+    for name, value in t5.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        if stem.startswith("encoder.block."):
+            block, part = stem.removeprefix("encoder.block.").split(".", 1)
+            stem = f"enc.blk.{block}.{inner[part]}"
+        else:
+            stem = inner[stem]
+        plain = value.ndim < 2 or value.shape[-1] % 32
+        yield (f"{stem}.{kind}", value.float()) if plain else _q8_0(f"{stem}.{kind}", value)
+
+
+def t5_metadata(config: ModelConfig) -> dict:
+    """The sizes and the vocabulary, under llama.cpp's keys for T5."""
+    pieces = range(len(PIECES))
+    types = [2 if piece == T5_UNKNOWN else 3 if piece < T5_UNKNOWN else 1 for piece in pieces]
+    sizes = {
+        "block_count": config.t5_layers,
+        "embedding_length": modules.CONTEXT_WIDTH,
+        "feed_forward_length": config.t5_feed_forward,
+        "attention.head_count": config.t5_heads,
+        "attention.key_length": config.t5_head_width,
+        "attention.value_length": config.t5_head_width,
+        "attention.relative_buckets_count": 32,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+    }
+    tokenizer = {
+        "model": "t5",
+        "tokens": list(PIECES),
+        "scores": [0.0 if kind > 1 else -1.0 for kind in types],
+        "token_type": types,
+        "padding_token_id": T5_PAD,
+        "eos_token_id": T5_END,
+        "unknown_token_id": T5_UNKNOWN,
+        "add_space_prefix": True,
+        "remove_extra_whitespaces": True,
+    }
+    return {f"t5encoder.{key}": value for key, value in sizes.items()} | {
+        f"tokenizer.ggml.{key}": value for key, value in tokenizer.items()
+    }
+
+
 def _vae_tensors(vae: nn.Module) -> Iterator[Entry]:
     for name, value in vae.state_dict().items():
         yield name, value.float().reshape(-1) if value.ndim < 2 else value.half()
 
 
 @torch.no_grad()
-def export(model: FlowModel, vae: nn.Module, config: TeacherConfig, folder: Path) -> list[Path]:
-    """Write the three files below `folder`, each whole or not at all; their paths."""
+def export(model: FlowModel, vae: nn.Module, config: ModelConfig, folder: Path) -> list[Path]:
+    """Write the files below `folder`, each whole or not at all; their paths.
+
+    They are as many as FILES, less T5's for a model without one.
+    """
     model, vae = model.cpu(), vae.cpu()
     sizes = {
         "hidden_size": config.text_width,
@@ -77,7 +126,9 @@ def export(model: FlowModel, vae: nn.Module, config: TeacherConfig, folder: Path
         "intermediate_size": 4 * config.text_width,
     }
     text_metadata = {f"fewstep.text_encoder.{key}": value for key, value in sizes.items()}
-    paths = {part: folder / name for part, name in FILES.items()}
+    paths = {
+        part: folder / name for part, name in FILES.items() if part != "t5" or config.t5_pieces
+    }
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     named = {"general.name": NAME, "general.license": "apache-2.0"}
@@ -85,4 +136,6 @@ def export(model: FlowModel, vae: nn.Module, config: TeacherConfig, folder: Path
     write_gguf(paths["mmdit"], "sd3", named | preset, _mmdit_tensors(model.mmdit))
     write_gguf(paths["text"], "clip", named | text_metadata, _text_tensors(model))
     write_gguf(paths["vae"], "taesd", named, _vae_tensors(vae))
+    if config.t5_pieces:
+        write_gguf(paths["t5"], "t5encoder", named | t5_metadata(config), _t5_tensors(model.t5))
     return list(paths.values())

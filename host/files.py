@@ -13,7 +13,7 @@ from comfy_kitchen.tensor import get_layout_class
 from safetensors import SafetensorError
 
 from ..quant import GGUFError, GGUFFile, dequantize, sniff
-from . import names
+from . import names, t5
 from .layout import is_gguf, wrap
 from .tokenizer import sentencepiece_model
 
@@ -149,7 +149,9 @@ def is_diffusion_model(state_dict: dict[str, torch.Tensor]) -> bool:
 
 def kind_of(state_dict: dict[str, torch.Tensor]) -> str | None:
     """What a state dict holds: a key of `LOADERS`, or None where the host cannot tell."""
-    if names.is_llama_cpp(state_dict) or comfy.sd.detect_te_model(state_dict) is not None:
+    if names.is_llama_cpp(state_dict) or t5.is_cut(state_dict):
+        return "text encoder"
+    if comfy.sd.detect_te_model(state_dict) is not None:
         return "text encoder"
     if is_diffusion_model(state_dict):
         return "diffusion model"

@@ -9,6 +9,7 @@ import torch
 
 from ..flow import preset_from_metadata
 from ..quant import dequantize
+from . import t5
 from .cpu import use_fast_attention, wants_float32
 from .files import (
     adopt_fp8,
@@ -69,11 +70,15 @@ def load_text_encoders(
 
     Raises: ValueError (GGUFError) naming the file and the remedy.
     """
-    state_dicts, options, operations = [], {}, None
+    state_dicts, options, operations, cut_t5 = [], {}, None, None
     for path in paths:
         state_dict, metadata = read(path)
         state_dict = rename_text_encoder(path, state_dict, metadata)
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, metadata=metadata)
+        if t5.is_cut(state_dict):
+            options["t5xxl_model_config"] = t5.sizes(path, state_dict)
+            t5.mark(path, state_dict)
+            cut_t5 = state_dict
         if comfy.sd.detect_te_model(state_dict) is None:
             raise wrong_kind(path, state_dict, metadata, "text encoder")
         log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
@@ -94,6 +99,8 @@ def load_text_encoders(
         model_options=options,
         disable_dynamic=disable_dynamic,
     )
+    if cut_t5 is not None:
+        t5.use_vocabulary(clip, cut_t5)
     if operations is not None:
         operations.gguf_file.check_complete()
         take_loras(clip.patcher)
@@ -168,5 +175,5 @@ def _encoder_config(path, state_dict, metadata) -> dict:
             raise ValueError(f"{path}: {TEXT_CONFIG}{key} is {value!r}, not a size. {WRITE_AGAIN}")
     if sizes.get("hidden_size", 0) % sizes.get("num_attention_heads", 1):
         raise ValueError(f"{path}: {TEXT_CONFIG}*: heads do not divide the width. {WRITE_AGAIN}")
-    t5 = any(name.startswith("encoder.block.") for name in state_dict)
-    return {"t5xxl_model_config" if t5 else "model_config": sizes}
+    is_t5 = any(name.startswith("encoder.block.") for name in state_dict)
+    return {"t5xxl_model_config" if is_t5 else "model_config": sizes}
