@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .model import ABSENT, CLIP, START, T5, T5_END, FlowModel, ModelConfig, empty_prompt
+from .dropout import drop_encoders
+from .model import CLIP, START, T5, T5_END, FlowModel, ModelConfig, empty_prompt
+from .optimize import HIDDEN, average, build_optimizers, set_rates, update, warm
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -60,7 +62,8 @@ class TeacherTask:
         torch.manual_seed(config.seed)
         self.model = FlowModel(config, vocabulary).to(self.device)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
-        self.optimizers = build_optimizers(self.model, config)
+        hidden = (*HIDDEN, "context_embedder") if config.t5_pieces else HIDDEN
+        self.optimizers = build_optimizers(self.model, config, hidden)
         if config.compiled:
             compile_blocks(self.model)
 
@@ -82,17 +85,10 @@ class TeacherTask:
     def step(self, index: int, progress: float) -> Tensor:
         config = self.config
         rate = min((index + 1) / config.warmup, 1.0, (1 - progress) / (1 - config.plateau))
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["peak"]
+        set_rates(self.optimizers, rate)
         loss = self._loss(index, progress)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self._average(index)
+        update(loss, self.optimizers, config.clip)
+        average(self.ema, self.model.state_dict(), warm(config.ema, index))
         return loss.detach()
 
     def _loss(self, index: int, progress: float) -> Tensor:
@@ -118,18 +114,7 @@ class TeacherTask:
         tokens = torch.where(empty, empty_prompt(tokens), tokens)
         noise = torch.randn(latents.shape, generator=draw)
         sigma = self._sigma(len(latents), draw)
-        return latents, self._drop_encoders(tokens, draw), noise, sigma
-
-    def _drop_encoders(self, tokens: Tensor, draw: torch.Generator) -> Tensor:
-        """Prompts (n, encoders, t) of which some do without an encoder; see TeacherConfig."""
-        config = self.config
-        if tokens.shape[1] == 1:
-            return tokens
-        if torch.rand((), generator=draw) < config.omit_t5:
-            return tokens[:, :T5]
-        share = torch.tensor([config.drop_clip, config.drop_t5])[:, None]
-        absent = torch.rand(len(tokens), 2, 1, generator=draw) < share
-        return tokens.masked_fill(absent, ABSENT)
+        return latents, drop_encoders(tokens, self.config, draw), noise, sigma
 
     def _sigma(self, number: int, draw: torch.Generator) -> Tensor:
         shift, time = self.config.shift, torch.sigmoid(torch.randn(number, generator=draw))
@@ -140,13 +125,6 @@ class TeacherTask:
     ) -> Tensor:
         """What the model learns to say at (x, sigma): here the velocity of the sample itself."""
         return velocity
-
-    @torch.no_grad()
-    def _average(self, index: int) -> None:
-        weight = 1 - min(self.config.ema, (index + 1) / (index + 10))
-        for name, value in self.model.state_dict().items():
-            if value.is_floating_point():
-                self.ema[name].lerp_(value, weight)
 
     def state_dict(self) -> dict:
         return {
@@ -168,31 +146,3 @@ def compile_blocks(model: FlowModel) -> None:
     torch._dynamo.config.recompile_limit = 64  # shared by all blocks of all models
     for block in model.mmdit.joint_blocks:
         block.compile(dynamic=False)
-
-
-def build_optimizers(model: nn.Module, config: TeacherConfig) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of attention and MLPs, AdamW for all else; "peak" is the plateau rate.
-
-    Source: Jordan et al. 2024 (Muon); Liu et al. 2025 (arXiv 2502.16982) for the size of update.
-    """
-    hidden_parts = [".attn.", ".mlp.f", "encoder.layers"]
-    if config.t5_pieces:  # 4096 inputs at once move an AdamW step too far
-        hidden_parts += ["SelfAttention.", "DenseReluDense.", "context_embedder"]
-    hidden, rest = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            inside = parameter.ndim == 2 and any(part in name for part in hidden_parts)
-            (hidden if inside else rest).append(parameter)
-    muon = torch.optim.Muon(
-        [{"params": hidden, "peak": config.muon_rate}],
-        lr=config.muon_rate,
-        weight_decay=config.decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    adam = torch.optim.AdamW(
-        [{"params": rest, "peak": config.adam_rate}],
-        lr=config.adam_rate,
-        betas=(0.9, 0.98),
-        weight_decay=0.0,
-    )
-    return [muon, adam]

@@ -9,6 +9,7 @@ from comfy import ops
 from comfy.text_encoders.t5 import T5
 from fewstep.demo import recipe
 from fewstep.demo.prompts import PIECES, tokenize, tokenize_t5
+from fewstep.distill.dropout import drop_encoders
 from fewstep.distill.model import ABSENT, CLIP, T5_END, T5_PAD, T5_UNKNOWN, FlowModel, empty_prompt
 from fewstep.distill.teacher import TeacherConfig, TeacherTask
 from fewstep.host import modules
@@ -89,7 +90,7 @@ def task(**changes):
 def test_encoders_are_dropped_independently_and_as_often_as_asked():
     training = task(drop_clip=0.3, drop_t5=0.6)
     tokens = tokenize([PROMPT], 2).repeat(4000, 1, 1)
-    dropped = training._drop_encoders(tokens, torch.Generator().manual_seed(0))
+    dropped = drop_encoders(tokens, training.config, torch.Generator().manual_seed(0))
     absent = (dropped == ABSENT).all(-1).float()
     # 4000 draws: three standard deviations are 0.023
     assert torch.allclose(absent.mean(0), torch.tensor([0.3, 0.6]), atol=0.024)

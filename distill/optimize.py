@@ -1,0 +1,80 @@
+"""What every trainer here does to weights: optimizers, one update, the running average."""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+# Matrices that learn by Muon: attention and MLPs of the MMDiT and of the text models.
+HIDDEN = (".attn.", ".mlp.f", "encoder.layers", "SelfAttention.", "DenseReluDense.")
+
+
+class Rates(Protocol):
+    """The fields of a trainer's configuration that `build_optimizers` reads."""
+
+    muon_rate: float  # scaled to AdamW's size of update; 0 leaves all to AdamW
+    adam_rate: float
+    decay: float
+
+
+def build_optimizers(
+    model: nn.Module, rates: Rates, hidden_parts: Iterable[str] = HIDDEN
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices whose name has one of `hidden_parts`, AdamW for all else.
+
+    "peak" of a parameter group is its rate on the plateau.
+    Source: Jordan et al. 2024 (Muon); Liu et al. 2025 (arXiv 2502.16982) for the size of update.
+    """
+    hidden, rest = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside = parameter.ndim == 2 and any(part in f".{name}" for part in hidden_parts)
+            (hidden if inside and rates.muon_rate else rest).append(parameter)
+    optimizers = []
+    if hidden:
+        muon = torch.optim.Muon(
+            [{"params": hidden, "peak": rates.muon_rate}],
+            lr=rates.muon_rate,
+            weight_decay=rates.decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers.append(muon)
+    if rest:
+        groups = [{"params": rest, "peak": rates.adam_rate}]
+        adam = torch.optim.AdamW(groups, lr=rates.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        optimizers.append(adam)
+    return optimizers
+
+
+def set_rates(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
+    """Give every parameter group this share of its peak rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak"]
+
+
+def update(loss: Tensor, optimizers: Iterable[torch.optim.Optimizer], clip: float) -> Tensor:
+    """One step down the gradient of `loss`, its norm clipped; the norm before that."""
+    optimizers = list(optimizers)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def average(ema: Mapping[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
+    """Move an average of weights towards `state`, in place: ema ← decay·ema + (1 − decay)·state."""
+    for name, value in ema.items():
+        if value.is_floating_point():
+            value.lerp_(state[name].to(value.dtype), 1 - decay)
+
+
+def warm(decay: float, index: int) -> float:
+    """An average's decay at step `index` of a model that starts far from where it goes."""
+    return min(decay, (index + 1) / (index + 10))
