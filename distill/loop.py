@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+LOG_STEPS = 25
 
 
 class Task(Protocol):
@@ -84,14 +87,39 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def train(task: Task, path: Path, budget: Budget, save_seconds: float = 180.0) -> Done:
+def check_config(path: Path, made: dict, asked: dict) -> None:
+    """Raises: ValueError naming every setting in which a checkpoint's differs from what is asked.
+
+    Checkpoints of before settings were kept have none: `made` is then empty, and taken as it is.
+    """
+    odd = [key for key in {**made, **asked} if made and made.get(key) != asked.get(key)]
+    if odd:
+        parts = ", ".join(f"{key} {made.get(key)} (now {asked.get(key)})" for key in odd)
+        raise ValueError(
+            f"{path} was made with another configuration: {parts}. Train under another name, or "
+            "delete the file to start anew."
+        )
+
+
+def train(
+    task: Task,
+    path: Path,
+    budget: Budget,
+    save_seconds: float = 180.0,
+    config: dict | None = None,
+    watch: Callable[[Done, float], None] | None = None,
+) -> Done:
     """Train until the budget is used up, going on from the checkpoint at `path` if there is one.
 
-    Raises TrainingDiverged, naming the step, as soon as a loss is not finite.
+    `config`: plain values that a checkpoint must have been made with. `watch(done, loss)` is called
+    after every LOG_STEPS steps with their mean loss.
+    Raises TrainingDiverged, naming the step, as soon as a loss is not finite; ValueError for a
+    checkpoint of another configuration.
     """
-    done = Done()
+    done, config = Done(), config or {}
     if path.exists():
         state = load_checkpoint(path)
+        check_config(path, state.get("config", {}), config)
         task.load_state_dict(state["task"])
         done = Done(**state["done"])
         log.info("%s: going on at step %d from %s", task.name, done.steps, path)
@@ -105,12 +133,15 @@ def train(task: Task, path: Path, budget: Budget, save_seconds: float = 180.0) -
             )
         done.steps, done.samples = done.steps + 1, done.samples + task.batch
         done.seconds = time.monotonic() - start
-        if done.steps % 50 == 0:
-            mean = torch.stack(losses).mean()
+        if done.steps % LOG_STEPS == 0:
+            mean = torch.stack(losses).mean().item()
             rate = done.samples / done.seconds
             log.info("%s: step %d loss %.4f %.1f/s", task.name, done.steps, mean, rate)
             losses.clear()
+            if watch is not None:
+                watch(done, mean)
         if done.seconds - saved > save_seconds or budget.progress(done) >= 1:
-            save_atomically({"task": task.state_dict(), "done": asdict(done)}, path)
+            state = {"task": task.state_dict(), "done": asdict(done), "config": config}
+            save_atomically(state, path)
             saved = done.seconds
     return done

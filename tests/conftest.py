@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-TIERS = {"host": "host", "nodes": "host", "browser": "browser"}  # any other folder is pure
+TIERS = {
+    "host": "host",
+    "nodes": "host",
+    "distill": "host",
+    "browser": "browser",
+}  # any other folder is pure
 
 spec = importlib.util.spec_from_file_location("run", TESTS.parent / "run.py")
 loader = importlib.util.module_from_spec(spec)

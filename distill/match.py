@@ -1,0 +1,192 @@
+"""Stage 2, distribution matching: the student's latents come to lie where the teacher's do.
+
+A proxy ("fake score") keeps learning the velocity of what the student makes. Where proxy and
+teacher differ at a noisy latent x' lies the way on which the student's x0 should go:
+
+    v  = student(x_i, s_i),  x0 = x_i − s_i·v                    x_i from the student's own steps
+    x' = (1 − s')·x0 + s'·noise'
+    x0_real = x' − s'·teacher(x', s'),  x0_fake = x' − s'·proxy(x', s')       without gradient
+    g  = (x0_fake − x0_real) / mean|x0 − x0_real|,   loss = ½ ‖x0 − stopgrad(x0 − g)‖²
+
+`renoise` says what noise' and s' are.
+- "random": fresh noise and a random s', as in DMD2 (arXiv 2405.14867, eq. 3 and its code's
+  normalisation).
+- "shared", timestep sharing (SD3.5-Flash, arXiv 2509.21318): the noise that the student itself
+  still sees in x_i, noise' = x0 + v, and its own next timestep s' = s_{i+1}, so that x' is its next
+  state x_i + (s_{i+1} − s_i)·v. The last step has s_{i+1} = 0, where nothing can be compared: see
+  `last_sigma`, ours.
+
+After each of the student's steps the proxy moves 2 % of the way to the student: IDA, SenseFlow,
+arXiv 2506.00523. Loss weights, rates and the ratio of updates are not published for SD3.5-Flash.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adversarial import Heads, judge_loss, student_loss, tapped
+from .lora import effective
+from .optimize import set_rates, update
+from .student import Sample, StudentConfig, StudentTask
+
+RENOISE = ("shared", "random")
+
+
+@dataclass(frozen=True)
+class MatchConfig(StudentConfig):
+    renoise: str = "shared"
+    proxy_renoise: str = "random"  # of what the proxy learns from; "random" is DMD2's
+    last_sigma: float = 0.5  # s' of the last step, in its own s_i; 0: heads alone judge that step
+    random_shift: float = 3.0  # of the uniform time that "random" draws s' from
+    proxy_steps: int = 2  # updates of the proxy for each of the student (TTUR); DMD2 5, SwD 5
+    proxy_rate: float = 2e-4
+    ida: float = 0.98  # share of itself that the proxy keeps after a step of the student
+    adversarial: float = 0.01  # weight of the heads in the student's loss; SwD 0.005 to 0.01
+    head_rate: float = 1e-3
+    restart: float = 0.005  # chance a step that a head starts anew
+    branch: tuple[float, float] = (0.0, 1.0)  # sigmas (above, up to) whose steps are trained
+    batch: int = 32
+
+    def __post_init__(self):
+        """Raises: ValueError for a renoise that there is not, or a branch without any step."""
+        super().__post_init__()
+        for field in ("renoise", "proxy_renoise"):
+            if getattr(self, field) not in RENOISE:
+                raise ValueError(f"{field} is {getattr(self, field)!r}: expected one of {RENOISE}")
+        if not self.steps():
+            raise ValueError(f"no step of {self.sigmas} starts in the branch {self.branch}")
+
+    def steps(self) -> list[int]:
+        """The student's steps that start inside the branch."""
+        above, upto = self.branch
+        return [i for i, sigma in enumerate(self.sigmas[:-1]) if above < sigma <= upto]
+
+
+def matching_loss(x0: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
+    """DMD2's loss, whose gradient in x0 is g / numel, g as above; all (n, 16, h, w)."""
+    with torch.no_grad():
+        scale = (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-4)
+        target = x0 - (x0_fake - x0_real) / scale
+    return 0.5 * nn.functional.mse_loss(x0, target)
+
+
+class MatchTask(StudentTask):
+    """Stage 2 as a task for `distill.loop.train`, and stage 3 with a `branch`."""
+
+    name = "match"
+    starts_far = False
+
+    def __init__(self, config: MatchConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.proxy = copy.deepcopy(self.teacher.mmdit).requires_grad_(True)
+        width = self.proxy.final_layer.linear.in_features
+        draw = torch.Generator().manual_seed(config.seed)
+        self.heads = Heads(len(self.proxy.joint_blocks), width, draw).to(self.device)
+        self.proxy_optimizer = _adam(self.proxy, config.proxy_rate)
+        self.head_optimizer = _adam(self.heads, config.head_rate)
+
+    def step(self, index: int, progress: float) -> Tensor:
+        rate = min((index + 1) / self.config.warmup, 1.0)
+        set_rates([self.proxy_optimizer, self.head_optimizer], rate)
+        loss = super().step(index, progress)
+        self._follow()
+        draw = torch.Generator().manual_seed((self.config.seed + 1) * 3_000_017 + index)
+        for _ in range(self.config.proxy_steps):
+            self._teach_proxy(draw)
+        if self.config.adversarial:
+            self.heads.restart(self.config.restart, draw, self.head_optimizer)
+        return loss
+
+    def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
+        steps = self.config.steps()
+        i = steps[index % len(steps)]
+        x = self._walk(sample, i)
+        v = self._velocity(self.student, x, self.sigmas[i], sample.told)
+        x0 = x - self.sigmas[i] * v
+        self.made = (sample, i, x0.detach(), v.detach())
+        noise, sigma = self._renoise(self.config.renoise, i, x0, v, draw)
+        noisy = torch.lerp(x0, noise, sigma[:, None, None, None])
+        x0_real, x0_fake, logits = self._compare(noisy, sigma, sample)
+        loss = torch.zeros((), device=x.device)
+        if sigma.all():
+            loss = self.metrics["matching"] = matching_loss(x0, x0_real, x0_fake)
+        if self.config.adversarial:
+            self.metrics["adversarial"] = student_loss(logits)
+            loss = loss + self.config.adversarial * self.metrics["adversarial"]
+        return loss
+
+    @torch.no_grad()
+    def _walk(self, sample: Sample, steps: int) -> Tensor:
+        """The student's own state after so many of its steps."""
+        x = sample.noise
+        for sigma, following in zip(self.sigmas[:steps], self.sigmas[1:], strict=False):
+            x = x + (following - sigma) * self._velocity(self.student, x, sigma, sample.told)
+        return x
+
+    def _renoise(
+        self, how: str, i: int, x0: Tensor, v: Tensor, draw: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Noise like x0, and its level (n,), of what is made in step `i`; see the file's head."""
+        if how == "shared":
+            following = self.sigmas[i + 1] or self.config.last_sigma * self.sigmas[i]
+            return x0 + v, following.to(x0).expand(len(x0))
+        shift, time = self.config.random_shift, torch.rand(len(x0), generator=draw)
+        sigma = (shift * time / (1 + (shift - 1) * time)).clamp(0.02, 0.98)
+        return torch.randn(x0.shape, generator=draw).to(x0), sigma.to(x0)
+
+    def _compare(
+        self, noisy: Tensor, sigma: Tensor, sample: Sample
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x0 as teacher and proxy see it, without gradient, and the heads' logits, with one."""
+        self.proxy.requires_grad_(False)
+        with tapped(self.proxy.joint_blocks) as features:
+            fake = self._velocity(self.proxy, noisy, sigma, sample.told)
+        logits = self.heads(features)
+        self.proxy.requires_grad_(True)
+        x, s = noisy.detach(), sigma[:, None, None, None]
+        return x - s * self._guided(x, sigma, sample), x - s * fake.detach(), logits
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """IDA: the proxy moves towards the student."""
+        for name, value in self.proxy.named_parameters():
+            value.lerp_(effective(self.student, name), 1 - self.config.ida)
+
+    def _teach_proxy(self, draw: torch.Generator) -> None:
+        """One update of the proxy on the student's last latents, and one of the heads."""
+        sample, i, x0, v = self.made
+        noise, sigma = self._renoise(self.config.proxy_renoise, i, x0, v, draw)
+        level = sigma[:, None, None, None]
+        with tapped(self.proxy.joint_blocks) as made:
+            velocity = self._velocity(self.proxy, torch.lerp(x0, noise, level), sigma, sample.told)
+        loss = nn.functional.mse_loss(velocity, noise - x0)
+        update(loss, [self.proxy_optimizer], self.config.clip)
+        self.metrics["proxy"] = loss.detach()
+        if self.config.adversarial:
+            fresh = torch.randn(x0.shape, generator=draw).to(x0)
+            with torch.no_grad(), tapped(self.proxy.joint_blocks) as real:
+                noisy = torch.lerp(sample.latents, fresh, level)
+                self._velocity(self.proxy, noisy, sigma, sample.told)
+            judged = judge_loss(self.heads(real), self.heads([f.detach() for f in made]))
+            update(judged, [self.head_optimizer], self.config.clip)
+            self.metrics["judge"] = judged.detach()
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {
+            "proxy": self.proxy.state_dict(),
+            "heads": self.heads.state_dict(),
+            "proxy_optimizer": self.proxy_optimizer.state_dict(),
+            "head_optimizer": self.head_optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        for part in ("proxy", "heads", "proxy_optimizer", "head_optimizer"):
+            getattr(self, part).load_state_dict(state[part])
+
+
+def _adam(network: nn.Module, rate: float) -> torch.optim.Optimizer:
+    groups = [{"params": list(network.parameters()), "peak": rate}]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.5, 0.99), weight_decay=0.0)

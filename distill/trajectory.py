@@ -1,0 +1,74 @@
+"""Stage 1, trajectory guidance: one student step for many of the teacher's.
+
+The teacher, with CFG, carries noise along its trajectory through the student's noise levels
+s_0 = 1 > … > s_n = 0. From each x_i on it the student learns the straight way to the next one:
+
+    loss = ‖v(x_i, s_i, text) − (x_{i+1} − x_i) / (s_{i+1} − s_i)‖²
+
+Trajectories are made when first needed and kept on disk: they cost more than the learning does.
+Source: SD3.5-Flash, arXiv 2509.21318 (regression onto the teacher's multi-step integrals; how many
+of its steps make one, and that states are the teacher's own, are our choices).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .loop import load_checkpoint, save_atomically
+from .student import Sample, StudentConfig, StudentTask
+
+
+@dataclass(frozen=True)
+class TrajectoryConfig(StudentConfig):
+    muon_rate: float = 1e-3
+    adam_rate: float = 5e-4
+    teacher_steps: int = 16  # along the whole trajectory, shared out by length in sigma
+    batches: int = 96  # of trajectories; then they are seen again, each time at another x_i
+
+
+class TrajectoryTask(StudentTask):
+    """Stage 1 as a task for `distill.loop.train`; trajectories are kept in `folder`."""
+
+    name = "trajectory"
+
+    def __init__(self, config: TrajectoryConfig, *args, folder: Path, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.folder = folder
+        self.fine = [torch.linspace(a, b, 1 + k) for a, b, k in self._intervals()]
+
+    def _intervals(self) -> list[tuple[float, float, int]]:
+        """(from, to, teacher steps) of each step of the student."""
+        steps = self.config.teacher_steps
+        return [(a, b, max(1, round(steps * (a - b)))) for a, b in pairwise(self.sigmas.tolist())]
+
+    def _sample(self, index: int, draw: torch.Generator) -> Sample:
+        """Of the batch whose trajectories are used: with the prompts that they were made of."""
+        number = index % self.config.batches
+        again = torch.Generator().manual_seed((self.config.seed + 1) * 2_000_003 + number)
+        return super()._sample(number, again)
+
+    def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
+        states = self._trajectory(index % self.config.batches, sample)
+        n = torch.arange(states.shape[1])
+        i = torch.randint(len(self.sigmas) - 1, n.shape, generator=draw)  # each sample its own
+        x, following = states[i, n], states[i + 1, n]
+        length = (self.sigmas[i + 1] - self.sigmas[i]).to(x)[:, None, None, None]
+        made = self._velocity(self.student, x, self.sigmas[i], sample.told)
+        return nn.functional.mse_loss(made, (following - x) / length)
+
+    def _trajectory(self, number: int, sample: Sample) -> Tensor:
+        """The teacher's states (n + 1, batch, 16, h, w) at the student's noise levels."""
+        path = self.folder / f"{number:05d}.pt"
+        if path.exists():
+            return load_checkpoint(path)["states"].to(self.device).float()
+        x, states = sample.noise, [sample.noise]
+        for fine in self.fine:
+            for sigma, following in pairwise(fine):
+                x = x + (following - sigma) * self._guided(x, sigma, sample)
+            states.append(x)
+        states = torch.stack(states).half()
+        save_atomically({"states": states.cpu()}, path)
+        return states.float()

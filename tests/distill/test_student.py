@@ -1,0 +1,125 @@
+"""Students of a toy teacher: what they regress onto, what they share, how they go on."""
+
+from functools import partial
+
+import pytest
+import torch
+from fewstep.distill.loop import Budget, load_checkpoint, train
+from fewstep.distill.lora import add_lora
+from fewstep.distill.student import StudentConfig
+from fewstep.host import modules
+from fewstep.tests.distill import toys
+
+SAMPLES = 6 * toys.MATCH.batch
+
+
+def makers(tmp_path):
+    return {
+        "trajectory": partial(toys.trajectory, tmp_path / "states"),
+        "match shared": toys.match,
+        "match random": partial(toys.match, renoise="random", restart=0.5),
+        "match LoRA": partial(toys.match, rank=2),
+    }
+
+
+@pytest.mark.parametrize("kind", ["trajectory", "match shared", "match random", "match LoRA"])
+def test_goes_on_to_the_very_same_weights(tmp_path, kind):
+    make, budget = makers(tmp_path)[kind], Budget(samples=SAMPLES)
+    whole, cut, again = make(), make(), make()
+    train(whole, tmp_path / "whole.pt", budget)
+    for i in range(3):
+        cut.step(i, i / 6)
+    done = {"steps": 3, "samples": SAMPLES // 2, "seconds": 1.0}
+    torch.save({"task": cut.state_dict(), "done": done}, tmp_path / "cut.pt")
+    train(again, tmp_path / "cut.pt", budget)
+    expected, seen = whole.state_dict(), again.state_dict()
+    for part in set(expected) & {"student", "ema", "weights", "proxy", "heads"}:
+        for name, value in expected[part].items():
+            assert torch.equal(value, seen[part][name]), (part, name)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    train(toys.match(), tmp_path / "a.pt", Budget(samples=8), config={"renoise": "shared"})
+    with pytest.raises(ValueError, match=r"a\.pt .*renoise shared \(now random\)"):
+        train(toys.match(), tmp_path / "a.pt", Budget(samples=8), config={"renoise": "random"})
+
+
+def test_trajectory_is_the_teachers_with_guidance(tmp_path):
+    task = toys.trajectory(tmp_path)
+    sample = task._sample(1, torch.Generator())
+    states = task._trajectory(1, sample)
+    x, told, untold = sample.noise, sample.told, sample.untold
+    fine = torch.linspace(1, 0.9, 2)  # 8 steps of the whole: 0.8 of one, at least one
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        sigma = fine[0].expand(4)
+        with_text = modules.velocity(task.teacher.mmdit, x, sigma, *told).float()
+        without = modules.velocity(task.teacher.mmdit, x, sigma, *untold).float()
+    expected = x - 0.1 * (without + 3 * (with_text - without))
+    assert states.shape == (5, 4, *toys.SHAPE)
+    # half precision on disk, and a batch of eight instead of two of four
+    assert torch.allclose(states[1], expected, atol=5e-3)
+    assert (states[1] - x).abs().max() > 0.05
+
+
+def test_trajectories_are_made_once(tmp_path):
+    task = toys.trajectory(tmp_path)
+    losses = [task.step(i, 0.0).item() for i in range(7)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"0000{i}.pt" for i in range(3)]
+    (tmp_path / "00001.pt").unlink()
+    assert [toys.trajectory(tmp_path).step(0, 0.0).item()] == losses[:1]
+
+
+def test_trajectory_loss_falls(tmp_path):
+    task = toys.trajectory(tmp_path)
+    losses = [task.step(i, 0.0).item() for i in range(60)]
+    assert sum(losses[-9:]) < 0.7 * sum(losses[:9])
+
+
+def test_weights_are_the_average_alone(tmp_path):
+    task = toys.match(ema=0.5)
+    for i in range(3):
+        task.step(i, 0.0)
+    weights, now = task.weights(), task.student.state_dict()
+    assert weights.keys() == task.teacher.mmdit.state_dict().keys()
+    name = "joint_blocks.0.x_block.attn.qkv.weight"
+    assert torch.equal(weights[name], task.ema[name]) and not torch.equal(weights[name], now[name])
+
+
+def test_lora_trains_only_itself_and_is_merged():
+    task = toys.match(rank=2)
+    base = task.teacher.mmdit.state_dict()
+    for i in range(3):
+        task.step(i, 0.0)
+    weights = task.weights()
+    assert weights.keys() == base.keys()
+    assert all("parametrizations.weight.0" in name for name in task.ema)
+    delta = (
+        weights["joint_blocks.0.x_block.mlp.fc1.weight"]
+        - base["joint_blocks.0.x_block.mlp.fc1.weight"]
+    )
+    assert torch.linalg.matrix_rank(delta, rtol=1e-3) == 2
+    assert torch.equal(weights["pos_embed"], base["pos_embed"])
+    task.step(3, 0.0)  # it goes on
+
+
+def test_lora_changes_nothing_at_first():
+    network = toys.teacher().mmdit
+    x, sigma = torch.randn(2, *toys.SHAPE), torch.tensor([0.3, 1.0])
+    text = torch.randn(2, 5, 4096), torch.randn(2, 32)
+    before = modules.velocity(network, x, sigma, *text)
+    assert before.std() > 0.01
+    assert torch.allclose(modules.velocity(add_lora(network, 4), x, sigma, *text), before)
+
+
+@pytest.mark.parametrize("sigmas", [(0.9, 0.5, 0.0), (1.0, 0.5), (1.0, 0.5, 0.7, 0.0)])
+def test_a_student_draws_from_noise_to_the_picture(sigmas):
+    with pytest.raises(ValueError, match="sigmas"):
+        StudentConfig(sigmas=sigmas)
+
+
+def test_checkpoint_brings_the_weights_that_sample(tmp_path):
+    task = toys.match()
+    train(task, tmp_path / "m.pt", Budget(samples=8))
+    saved = load_checkpoint(tmp_path / "m.pt")["task"]["weights"]
+    toys.teacher().mmdit.load_state_dict(saved)
+    assert torch.equal(saved["final_layer.linear.weight"], task.ema["final_layer.linear.weight"])
