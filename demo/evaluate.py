@@ -6,22 +6,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distill.model import FlowModel, empty_prompt
+from ..distill.dropout import emptied
+from ..distill.model import ABSENT, CLIP, T5, FlowModel
 from ..flow import sample_euler
 from ..host import modules
 from .captions import Caption, draw_captions
 from .prompts import tokenize
 from .score import Verdict, score
 
+ENCODERS = ("both", "no t5", "zero t5", "zero clip")  # T5's tokens left out, or zeros for some
 LATENT = (16, 16, 16)  # channels, height, width behind 128×128 pixels
 
 
-def denoiser(model: FlowModel, prompts: Sequence[str], cfg: float = 1.0):
+def told_by(prompts: Sequence[str], encoders: str = "no t5") -> Tensor:
+    """Prompts (n, encoders, 77) that some encoders read: see ENCODERS. Raises: ValueError."""
+    if encoders not in ENCODERS:
+        raise ValueError(f"encoders is {encoders!r}, expected one of {', '.join(ENCODERS)}")
+    tokens = tokenize(prompts, 1 if encoders == "no t5" else 2)
+    if encoders.startswith("zero"):
+        tokens[:, {"zero t5": T5, "zero clip": CLIP}[encoders]] = ABSENT
+    return tokens
+
+
+def denoiser(model: FlowModel, prompts: Sequence[str], cfg: float = 1.0, encoders: str = "no t5"):
     """`f(x, sigma) -> denoised` for flow's samplers, conditioned on as many prompts as pictures."""
     device = next(model.parameters()).device
-    tokens = tokenize(prompts).to(device)
+    tokens = told_by(prompts, encoders).to(device)
     told = model.encode(tokens)
-    untold = model.encode(empty_prompt(tokens)) if cfg != 1 else None
+    untold = model.encode(emptied(tokens)) if cfg != 1 else None
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         velocity = modules.velocity(model.mmdit, x, sigma, *told)
@@ -40,6 +52,7 @@ def draw_pictures(
     sigmas: Tensor,
     cfg: float = 1.0,
     seed: int = 0,
+    encoders: str = "no t5",
 ) -> np.ndarray:
     """Pictures (n, 128, 128, 3) uint8 of prompts, by euler steps along `sigmas`.
 
@@ -47,7 +60,9 @@ def draw_pictures(
     """
     device = next(model.parameters()).device
     noise = torch.randn(len(prompts), *LATENT, generator=torch.Generator().manual_seed(seed))
-    latents = sample_euler(denoiser(model, prompts, cfg), noise.to(device), sigmas.to(device))
+    latents = sample_euler(
+        denoiser(model, prompts, cfg, encoders), noise.to(device), sigmas.to(device)
+    )
     pixels = decoder(latents).clamp(0, 1).mul(255).round().byte()
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 

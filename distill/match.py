@@ -111,10 +111,12 @@ class MatchTask(StudentTask):
         x0_real, x0_fake, logits = self._compare(noisy, sigma, sample)
         loss = torch.zeros((), device=x.device)
         if sigma.all():
-            loss = self.metrics["matching"] = matching_loss(x0, x0_real, x0_fake)
+            loss = matching_loss(x0, x0_real, x0_fake)
+            self.metrics["matching"] = loss.detach()
         if self.config.adversarial:
-            self.metrics["adversarial"] = student_loss(logits)
-            loss = loss + self.config.adversarial * self.metrics["adversarial"]
+            fooled = student_loss(logits)
+            self.metrics["adversarial"] = fooled.detach()
+            loss = loss + self.config.adversarial * fooled
         return loss
 
     @torch.no_grad()

@@ -156,6 +156,12 @@ class StudentTask:
         self.student.load_state_dict(now, strict=False)
         return weights
 
+    def drawn(self) -> FlowModel:
+        """The averaged student with the teacher's encoders, for drawing."""
+        model = copy.deepcopy(self.teacher)
+        model.mmdit.load_state_dict(self.weights())
+        return model
+
     def state_dict(self) -> dict:
         learned = {name: self.student.state_dict()[name] for name in self.ema}
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]

@@ -8,6 +8,7 @@ causal text model does not notice; the MMDiT learns to ignore how many there are
 now and then, and in every step towards the end).
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class TeacherTask:
 
     def __init__(self, config: TeacherConfig, vocabulary: Sequence[int], data: Batch, device="cpu"):
         self.config, self.data, self.device = config, data, torch.device(device)
-        self.batch = config.batch
+        self.batch, self.metrics = config.batch, {}
         torch.manual_seed(config.seed)
         self.model = FlowModel(config, vocabulary).to(self.device)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -87,7 +88,7 @@ class TeacherTask:
         rate = min((index + 1) / config.warmup, 1.0, (1 - progress) / (1 - config.plateau))
         set_rates(self.optimizers, rate)
         loss = self._loss(index, progress)
-        update(loss, self.optimizers, config.clip)
+        self.metrics["gradient"] = update(loss, self.optimizers, config.clip)
         average(self.ema, self.model.state_dict(), warm(config.ema, index))
         return loss.detach()
 
@@ -125,6 +126,12 @@ class TeacherTask:
     ) -> Tensor:
         """What the model learns to say at (x, sigma): here the velocity of the sample itself."""
         return velocity
+
+    def drawn(self) -> FlowModel:
+        """The averaged model, for drawing."""
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.ema)
+        return model.eval().requires_grad_(False)
 
     def state_dict(self) -> dict:
         return {

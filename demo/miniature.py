@@ -1,0 +1,54 @@
+"""The miniature as a data set for `python -m distill`: scenes to learn, sheets, and scores."""
+
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ..distill.model import FlowModel
+from ..host import modules
+from . import categories, recipe
+from .captions import KINDS, draw_captions
+from .evaluate import contact_sheet, draw_pictures
+from .export import FILES
+from .shipped import MODELS, read_weights
+
+SHOWN = 20  # pictures of a sheet
+
+
+class Miniature:
+    """See `distill.runs.Dataset`. `folder` holds the map to latents; the VAE is the shipped one."""
+
+    def __init__(self, folder: Path, models: Path = MODELS):
+        self.code = recipe.latent_code(folder)
+        self.vocabulary = sorted(recipe.vocabulary())
+        self.vae = modules.build_taesd(recipe.DECODER_GAIN).eval().requires_grad_(False)
+        self.vae.load_state_dict(read_weights(models / FILES["vae"]))
+
+    def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
+        return recipe.training_batch(self.code, size, index, encoders)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (n, 3, 128, 128) about [0, 1] of model-space latents (n, 16, 16, 16)."""
+        return self.vae.taesd_decoder(latents * recipe.DECODER_GAIN)
+
+    def sheet(self, model: FlowModel, sigmas: Tensor, cfg: float) -> np.ndarray:
+        rng = np.random.default_rng(3)
+        prompts = [str(draw_captions(rng, 1, (KINDS[i % 3],), True)[0]) for i in range(SHOWN)]
+        return contact_sheet(list(draw_pictures(model, self.decode, prompts, sigmas, cfg)))
+
+    def evaluate(
+        self, model: FlowModel, sigmas: Tensor, cfg: float, captions: int, encoders: str
+    ) -> dict[str, float]:
+        """`demo.categories` on captions kept out of training, and "seconds" for a picture here."""
+        wanted, start = categories.held_out(captions), time.perf_counter()
+        draw = partial(draw_pictures, model, self.decode, cfg=cfg, encoders=encoders)
+        pictures = [
+            draw([str(caption) for caption in wanted[at : at + 50]], sigmas=sigmas, seed=1 + at)
+            for at in range(0, captions, 50)
+        ]
+        seconds = (time.perf_counter() - start) / captions
+        scores = categories.judge(wanted, np.concatenate(pictures), self.vae.taesd_encoder)
+        return scores | {"seconds": seconds}

@@ -1,0 +1,73 @@
+"""Distil a few-step model: `python -m distill teacher | trajectory | match | split | merge | eval`.
+
+Each stage reads a configuration (see `distill/configs` and `distill/runs.py`), goes on from its own
+checkpoint after a kill at any moment, and leaves losses and sample sheets in the folder.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import run
+
+run.load_pack()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, about in {
+        "teacher": "flow matching, with encoder dropout",
+        "trajectory": "stage 1: regress onto the teacher's integrals between the student's steps",
+        "match": "stage 2: distribution matching, timesteps shared or random, adversarial heads",
+        "split": "stage 3: train the branches of low and of high noise, each on its own",
+    }.items():
+        stage = commands.add_parser(name, help=about)
+        stage.add_argument("--config", default=name, help="JSON file, or one of distill/configs")
+        stage.add_argument("--name", help="of the run; default the configuration's")
+        stage.add_argument(
+            "--set",
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="settings other than the configuration's",
+        )
+        stage.add_argument(
+            "--dry-run", action="store_true", help="one step: settings, memory, time; saves nothing"
+        )
+        stage.add_argument("--sheet-minutes", type=float, default=5.0, help="default 5")
+    merge = commands.add_parser("merge", help="merge the branches, at the ratio that scores best")
+    merge.add_argument("--config", default="split")
+    merge.add_argument("--name", help="of the run; default the configuration's")
+    merge.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
+    evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")
+    evaluate.add_argument("name", nargs="+", help="of runs")
+    evaluate.add_argument("--steps", type=int, help="default the run's own; a teacher's are 50")
+    evaluate.add_argument("--cfg", type=float, help="default the run's own: a student's is 1")
+    evaluate.add_argument("--sheet", action="store_true", help="draw a sheet as well")
+    for command in (merge, evaluate):
+        command.add_argument("--captions", type=int, default=1000, help="default 1000")
+        command.add_argument(
+            "--encoders", default="no t5", help="both, no t5 (default), zero t5, zero clip"
+        )
+    for command in commands.choices.values():
+        command.add_argument("--folder", default=run.ROOT / ".train" / "distill", type=Path)
+        command.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
+        command.add_argument("--threads", type=int, default=0, help="CPU threads; default all")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_arguments()
+    from fewstep.demo.__main__ import prepare
+
+    prepare(options)
+    from fewstep.demo.miniature import Miniature
+    from fewstep.distill import commands
+
+    getattr(commands, options.command)(options, Miniature(run.ROOT / ".train"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

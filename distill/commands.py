@@ -1,0 +1,113 @@
+"""What `python -m distill` does once ComfyUI is importable; see `__main__` for the options."""
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from PIL import Image
+
+from . import runs
+from .loop import load_checkpoint
+from .merge import RATIOS
+from .runs import Dataset, Run
+
+
+def train(options: Namespace, dataset: Dataset) -> None:
+    """Train one run, or say what it would take."""
+    run = read(options)
+    if run.stage != options.command:
+        raise ValueError(f"the configuration is for {run.stage}, not for {options.command}")
+    _train(run, options, dataset)
+
+
+teacher = trajectory = match = train
+
+
+def split(options: Namespace, dataset: Dataset) -> None:
+    """Train both branches of stage 3."""
+    for branch in runs.branches(read(options)):
+        _train(branch, options, dataset)
+
+
+def read(options: Namespace) -> Run:
+    return runs.read_run(options.config, options.name, options.set)
+
+
+def _train(run: Run, options: Namespace, dataset: Dataset) -> None:
+    if options.dry_run:
+        print(dry_run(run, options.folder, dataset, options.device))
+    else:
+        runs.train_run(run, options.folder, dataset, options.device, options.sheet_minutes)
+
+
+def dry_run(run: Run, folder: Path, dataset: Dataset, device: str) -> str:
+    """A line for each setting, then what one step says of memory and time; nothing is saved."""
+    task = runs.build(run, folder, dataset, device)
+    task.step(0, 0.0)  # what is only needed once is not timed
+    start = time.perf_counter()
+    loss = task.step(1, 0.0)
+    seconds = time.perf_counter() - start
+    size = sum(value.nbytes for value in _tensors(task.state_dict()))
+    steps = -(-run.samples // task.batch)
+    lines = [f"{key}: {value}" for key, value in run.described().items()]
+    lines += [
+        f"loss {loss:.4f}; {steps} steps of {task.batch} samples, {seconds:.2f} s each",
+        f"about {steps * seconds / 60:.0f} minutes, and {size / 1e6:.0f} MB of weights and state",
+    ]
+    return "\n".join(lines)
+
+
+def _tensors(state):
+    """Every tensor of a nested state."""
+    if hasattr(state, "nbytes"):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from _tensors(part)
+
+
+def merge(options: Namespace, dataset: Dataset) -> None:
+    """Merge at the ratio asked for, or score every ratio of RATIOS and take the best."""
+    run = read(options)
+    ratios = RATIOS if options.ratio is None else (options.ratio,)
+    scores = {}
+    for ratio in ratios:
+        runs.merge_runs(options.folder, run, ratio)
+        scores[ratio] = _evaluate(run.name, options, dataset, note={"ratio": ratio})["overall"]
+    best = max(scores, key=scores.get)
+    print(f"{runs.merge_runs(options.folder, run, best)}: ratio {best} of the high branch")
+
+
+def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
+    """Score runs, and add a line to evaluations.jsonl for each."""
+    for name in options.name:
+        _evaluate(name, options, dataset, options.steps, options.cfg)
+        if options.sheet:
+            config = load_checkpoint(options.folder / f"{name}.pt")["config"]
+            sigmas, cfg = runs.schedule(config, options.steps)
+            model = runs.load_model(options.folder, name, dataset)
+            path = options.folder / "sheets" / f"{name}-{len(sigmas) - 1}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(dataset.sheet(model, sigmas, options.cfg or cfg)).save(path)
+
+
+def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[str, float]:
+    config = runs.checkpoint(options.folder, name)["config"]
+    sigmas, own = runs.schedule(config, steps)
+    cfg = own if cfg is None else cfg
+    model = runs.load_model(options.folder, name, dataset)
+    scores = dataset.evaluate(model, sigmas, cfg, options.captions, options.encoders)
+    row = {
+        "name": name,
+        "steps": len(sigmas) - 1,
+        "cfg": cfg,
+        "encoders": options.encoders,
+        "captions": options.captions,
+        **(note or {}),
+        **{key: round(value, 4) for key, value in scores.items()},
+    }
+    with (options.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return scores

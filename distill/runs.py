@@ -1,0 +1,200 @@
+"""A run: one stage, its settings and what it starts from, as a JSON file describes it.
+
+    {"stage": "match", "teacher": "teacher", "start": "trajectory", "samples": 12800,
+     "settings": {"renoise": "shared"}}
+
+Its name is the file's, unless given, and what it makes lies in one folder: NAME.pt, the checkpoint;
+NAME.jsonl, the losses; sheets/NAME/, pictures. `settings` are fields of the stage's configuration;
+what is left out has the default that is explained there. A checkpoint holds its whole
+configuration, so that it can be drawn with by its name alone.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ..flow import check_sigmas, uniform
+from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
+from .match import MatchConfig, MatchTask
+from .merge import merge
+from .model import FlowModel, ModelConfig
+from .teacher import TeacherConfig, TeacherTask
+from .trajectory import TrajectoryConfig, TrajectoryTask
+from .watch import Watch
+
+CONFIGS = Path(__file__).parent / "configs"
+SETTINGS = {"teacher": TeacherConfig, "trajectory": TrajectoryConfig, "match": MatchConfig}
+TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 3.0  # with which a teacher is drawn
+
+
+class Dataset(Protocol):
+    """What there is to learn, and how well it was learned."""
+
+    vocabulary: Sequence[int]  # CLIP ids of every word
+
+    def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
+        """Batch number `index`: latents (size, 16, h, w) and prompts (size, encoders, 77)."""
+
+    def sheet(self, model: FlowModel, sigmas: Tensor, cfg: float) -> np.ndarray:
+        """Pictures of a few prompts, always the same, side by side: (h, w, 3) uint8."""
+
+    def evaluate(
+        self, model: FlowModel, sigmas: Tensor, cfg: float, captions: int, encoders: str
+    ) -> dict[str, float]:
+        """Scores by name, "overall" among them."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """teacher, start: names of runs in the same folder (start also "../NAME")."""
+
+    name: str
+    stage: str
+    settings: TeacherConfig | TrajectoryConfig | MatchConfig
+    samples: int
+    teacher: str | None = None
+    start: str | None = None
+
+    def described(self) -> dict[str, Any]:
+        """Plain values, as they stand in its checkpoints; how long it is trained is left open."""
+        known = {"stage": self.stage, "teacher": self.teacher, "start": self.start}
+        return known | asdict(self.settings)
+
+
+def read_run(config: str | Path, name: str | None = None, changes: Sequence[str] = ()) -> Run:
+    """The run of a JSON file, or of the one of that name under `configs`, with KEY=VALUE changes.
+
+    Raises: ValueError naming what is not known, and what is.
+    """
+    path = Path(config) if Path(config).suffix == ".json" else CONFIGS / f"{config}.json"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.json")))
+        raise ValueError(f"{path} does not exist. Configurations that come with it: {known}")
+    given = json.loads(path.read_text(encoding="utf-8"))
+    settings = given.pop("settings", {})
+    for change in changes:
+        key, _, value = change.partition("=")
+        place = given if key in ("samples", "teacher", "start") else settings
+        place[key] = json.loads(value) if value[:1] in "[-.0123456789tfn" else value
+    stage = given.get("stage")
+    if stage not in SETTINGS:
+        raise ValueError(f"{path}: stage is {stage!r}, expected one of {', '.join(SETTINGS)}")
+    known = {field.name for field in fields(SETTINGS[stage])}
+    if odd := set(settings) - known:
+        raise ValueError(
+            f"{path}: {stage} has no setting {sorted(odd)[0]}. It has {', '.join(sorted(known))}"
+        )
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    return Run(name=name or path.stem, settings=SETTINGS[stage](**settings), **given)
+
+
+def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task:
+    """The task of a run, as it starts. Raises: FileNotFoundError for a run that it starts from."""
+    settings = run.settings
+    if run.stage == "teacher":
+        data = _data(dataset, settings, settings.encoders)
+        task = TeacherTask(settings, dataset.vocabulary, data, device)
+        if run.start:
+            task.start_from(checkpoint(folder, run.start)["task"]["ema"])
+        return task
+    teacher = load_model(folder, run.teacher, dataset)
+    encoders = 2 if "t5.shared.weight" in teacher.state_dict() else 1
+    start = None if run.start is None else weights_of(folder, run.start)
+    given = (settings, teacher, _data(dataset, settings, encoders), start, device)
+    if run.stage == "match":
+        return MatchTask(*given)
+    return TrajectoryTask(*given, folder=folder / f"{run.name}-states")
+
+
+def _data(dataset: Dataset, settings, encoders: int):
+    """Batches by number; each seed sees others. Raises: ValueError for an empty or wordless one."""
+
+    def data(index: int) -> tuple[Tensor, Tensor]:
+        latents, tokens = dataset.batch(settings.batch, encoders, 1_000_000 * settings.seed + index)
+        if len(latents) == 0 or len(latents) != len(tokens):
+            raise ValueError(
+                f"batch {index} holds {len(latents)} latents and {len(tokens)} prompts: give the "
+                "dataset as many captions as pictures, one or more"
+            )
+        return latents, tokens
+
+    return data
+
+
+def train_run(
+    run: Run, folder: Path, dataset: Dataset, device: str = "cpu", sheet_minutes: float = 5.0
+) -> Done:
+    """Train a run to the end of its budget, going on from its own checkpoint if there is one."""
+    task = build(run, folder, dataset, device)
+    sigmas, cfg = schedule(run.described())
+
+    def sheet() -> np.ndarray:
+        return dataset.sheet(task.drawn(), sigmas, cfg)
+
+    watch = Watch(folder, run.name, lambda: task.metrics, sheet, sheet_minutes)
+    path = folder / f"{run.name}.pt"
+    return train(task, path, Budget(samples=run.samples), 60, run.described(), watch)
+
+
+def branches(run: Run) -> tuple[Run, Run]:
+    """The two runs of stage 3 that start from one student: low and high noise, parted at 0.5."""
+    low = replace(run.settings, branch=(0.0, 0.5))
+    high = replace(run.settings, branch=(0.5, 1.0))
+    return (
+        replace(run, name=f"{run.name}-low", settings=low),
+        replace(run, name=f"{run.name}-high", settings=high),
+    )
+
+
+def merge_runs(folder: Path, run: Run, ratio: float) -> Path:
+    """Write the merge of a run's two branches, (1 − ratio)·low + ratio·high, as a run NAME."""
+    low, high = (weights_of(folder, branch.name) for branch in branches(run))
+    config = run.described() | {"stage": "merge", "ratio": ratio}
+    path = folder / f"{run.name}.pt"
+    save_atomically({"task": {"weights": merge(low, high, ratio)}, "config": config}, path)
+    return path
+
+
+def schedule(config: dict[str, Any], steps: int | None = None) -> tuple[Tensor, float]:
+    """Sigmas and CFG with which a run's model is drawn: a student's own, or a teacher's.
+
+    A student that is asked for other `steps` gets uniform ones of the same shift as a teacher's.
+    """
+    if config["stage"] == "teacher":
+        return uniform(steps or TEACHER_STEPS, SHIFT), GUIDANCE
+    own = check_sigmas(config["sigmas"])
+    return (own if steps in (None, len(own) - 1) else uniform(steps, SHIFT)), 1.0
+
+
+def load_model(folder: Path, name: str, dataset: Dataset) -> FlowModel:
+    """The averaged weights of a run, for drawing. Raises: FileNotFoundError for one not trained."""
+    state = checkpoint(folder, name)
+    config = state["config"]
+    if config["stage"] != "teacher":
+        model = load_model(folder, config["teacher"], dataset)
+        model.mmdit.load_state_dict(state["task"]["weights"])
+        return model
+    sizes = {field.name: config[field.name] for field in fields(ModelConfig)}
+    model = FlowModel(ModelConfig(**sizes), dataset.vocabulary)
+    model.load_state_dict(state["task"]["ema"])
+    return model.eval().requires_grad_(False)
+
+
+def weights_of(folder: Path, name: str) -> dict[str, Tensor]:
+    """The averaged weights of a student's MMDiT."""
+    state = checkpoint(folder, name)
+    if "weights" not in state["task"]:
+        raise ValueError(f"{folder / name}.pt is no student's: start from one, or from nothing")
+    return state["task"]["weights"]
+
+
+def checkpoint(folder: Path, name: str) -> dict:
+    path = folder / f"{name}.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: train the run {name} first")
+    return load_checkpoint(path)

@@ -1,0 +1,163 @@
+"""Runs from a JSON file: every stage end to end on a toy, and what a wrong file is told."""
+
+import json
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from fewstep.distill import commands, runs
+from fewstep.distill.loop import load_checkpoint
+from fewstep.flow import uniform
+from fewstep.tests.distill import toys
+
+SIZES = {"depth": 1, "text_width": 32, "text_heads": 2, "t5_pieces": 8, "batch": 4, "warmup": 2}
+STUDENT = {"batch": 4, "warmup": 2}
+
+
+class Toy:
+    """A data set whose every picture is a gray square, and whose score is a weight's size."""
+
+    vocabulary = tuple(toys.WORDS)
+
+    def batch(self, size, encoders, index):
+        latents, tokens = toys.data(index, size)
+        return latents, tokens[:, :encoders]
+
+    def sheet(self, model, sigmas, cfg):
+        return np.full((8, 8, 3), 128, np.uint8)
+
+    def evaluate(self, model, sigmas, cfg, captions, encoders):
+        score = model.mmdit.final_layer.linear.weight.norm().item()
+        return {"overall": score, "steps drawn": len(sigmas) - 1}
+
+
+def write(folder, name, stage, settings, **others):
+    described = {"stage": stage, "samples": 8, "settings": settings, **others}
+    (folder / f"{name}.json").write_text(json.dumps(described))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, "teacher", "teacher", SIZES)
+    write(tmp_path, "first", "trajectory", STUDENT | {"batches": 2}, teacher="teacher")
+    write(tmp_path, "second", "match", STUDENT, teacher="teacher", start="first")
+    write(tmp_path, "third", "match", STUDENT | {"ema": 0.5}, teacher="teacher", start="second")
+    return tmp_path
+
+
+def options(folder, name, command, **others):
+    given = {"command": command, "config": folder / f"{name}.json", "name": None, "set": []}
+    rest = {"dry_run": False, "folder": folder, "device": "cpu", "sheet_minutes": 0.0}
+    return Namespace(**given, **rest, **others)
+
+
+def run_all(folder):
+    commands.train(options(folder, "teacher", "teacher"), Toy())
+    commands.train(options(folder, "first", "trajectory"), Toy())
+    commands.train(options(folder, "second", "match"), Toy())
+    commands.split(options(folder, "third", "split"), Toy())
+
+
+def test_every_stage_runs_and_goes_on(folder, capsys):
+    for _ in range(2):
+        run_all(folder)
+    scored = {"captions": 3, "encoders": "both"}
+    commands.merge(options(folder, "third", "merge", ratio=None, **scored), Toy())
+    rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["ratio"] for row in rows] == list(commands.RATIOS)
+    best = max(rows, key=lambda row: row["overall"])["ratio"]
+    assert f"ratio {best}" in capsys.readouterr().out
+    low, high = (runs.weights_of(folder, f"third-{part}") for part in ("low", "high"))
+    merged = runs.load_model(folder, "third", Toy()).mmdit.state_dict()
+    for name, value in merged.items():
+        assert torch.allclose(value, torch.lerp(low[name], high[name], best)), name
+    assert any(not torch.equal(low[name], high[name]) for name in low)
+
+
+def test_a_run_leaves_losses_and_sheets(folder, monkeypatch):
+    monkeypatch.setattr("fewstep.distill.loop.LOG_STEPS", 1)
+    run_all(folder)
+    rows = [json.loads(line) for line in (folder / "second.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {"loss", "gradient", "matching", "proxy", "judge"} <= set(rows[0])
+    assert len(list((folder / "sheets" / "second").glob("*.png"))) == 2
+
+
+def test_a_run_is_drawn_with_by_its_name_alone(folder):
+    run_all(folder)
+    config = load_checkpoint(folder / "second.pt")["config"]
+    assert config["start"] == "first" and config["renoise"] == "shared"
+    given = {"steps": None, "cfg": None, "sheet": True, "captions": 3, "encoders": "no t5"}
+    for steps, drawn in ((None, 4), (2, 2)):
+        given["steps"] = steps
+        commands.eval(Namespace(folder=folder, name=["second"], **given), Toy())
+        row = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+        assert (row["name"], row["cfg"], row["steps"]) == ("second", 1.0, drawn)
+    assert (folder / "sheets" / "second-4.png").exists()
+
+
+def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():
+    sigmas, cfg = runs.schedule({"stage": "teacher"})
+    assert len(sigmas) == 51 and cfg == 3.0
+    assert torch.equal(runs.schedule({"stage": "teacher"}, 4)[0], uniform(4, 3.0))
+
+
+def test_dry_run_tells_and_saves_nothing(folder, capsys):
+    run_all(folder)
+    before = sorted(path.name for path in folder.iterdir())
+    given = options(folder, "second", "match")
+    given.dry_run, given.set = True, ["renoise=random", "samples=400"]
+    commands.train(given, Toy())
+    out = capsys.readouterr().out
+    assert "renoise: random" in out and "100 steps of 4 samples" in out and "MB" in out
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_checkpoint_of_other_settings_is_refused(folder):
+    run_all(folder)
+    given = options(folder, "second", "match")
+    given.set = ["renoise=random", "samples=16"]
+    with pytest.raises(ValueError, match=r"renoise shared \(now random\)"):
+        commands.train(given, Toy())
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('{"stage": "magic"}', "expected one of teacher, trajectory, match"),
+        ('{"stage": "match", "settings": {"renoize": 1}}', "no setting renoize. It has .*renoise"),
+    ],
+)
+def test_a_wrong_file_is_told_what_it_may_say(tmp_path, text, told):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        runs.read_run(tmp_path / "a.json")
+
+
+def test_names_what_is_missing(folder):
+    with pytest.raises(ValueError, match=r"nothing\.json does not exist.*match.*teacher"):
+        runs.read_run("nothing")
+    with pytest.raises(FileNotFoundError, match="train the run teacher first"):
+        commands.train(options(folder, "second", "match"), Toy())
+
+
+class Empty(Toy):
+    def batch(self, size, encoders, index):
+        return torch.zeros(0, *toys.SHAPE), torch.zeros(0, encoders, 77, dtype=torch.long)
+
+
+class Wordless(Toy):
+    def batch(self, size, encoders, index):
+        return super().batch(size, encoders, index)[0], torch.zeros(0, encoders, 77)
+
+
+@pytest.mark.parametrize("dataset", [Empty(), Wordless()])
+def test_a_data_set_without_pictures_or_words_is_refused(folder, dataset):
+    with pytest.raises(ValueError, match="as many captions as pictures"):
+        commands.train(options(folder, "teacher", "teacher"), dataset)
+
+
+@pytest.mark.parametrize("path", sorted(runs.CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_configurations_that_come_with_it_are_readable(path):
+    assert runs.read_run(path.stem).samples > 0
