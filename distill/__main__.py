@@ -1,4 +1,6 @@
-"""Distil a few-step model: `python -m distill teacher | trajectory | match | split | merge | eval`.
+"""Distil a few-step model, a stage at a time.
+
+    python -m distill teacher | trajectory | match | split | merge | eval | noise | table
 
 Each stage reads a configuration (see `distill/configs` and `distill/runs.py`), goes on from its own
 checkpoint after a kill at any moment, and leaves losses and sample sheets in the folder.
@@ -46,6 +48,13 @@ def parse_arguments() -> argparse.Namespace:
     evaluate.add_argument("--steps", type=int, help="default the run's own; a teacher's are 50")
     evaluate.add_argument("--cfg", type=float, help="default the run's own: a student's is 1")
     evaluate.add_argument("--sheet", action="store_true", help="draw a sheet as well")
+    noise = commands.add_parser("noise", help="how noisy the gradient is, shared and random")
+    noise.add_argument("--config", default="match")
+    noise.add_argument("--name", help="of the run; default the configuration's")
+    noise.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    noise.add_argument("--batches", type=int, default=16, help="default 16")
+    table = commands.add_parser("table", help="docs/distilled.md from the folder's logs")
+    table.add_argument("--docs", default=run.ROOT / "docs", type=Path, help="folder to write to")
     for command in (merge, evaluate):
         command.add_argument("--captions", type=int, default=1000, help="default 1000")
         command.add_argument(

@@ -9,8 +9,11 @@ from PIL import Image
 
 from . import runs
 from .loop import load_checkpoint
+from .match import RENOISE
 from .merge import RATIOS
+from .noise import noise_scale
 from .runs import Dataset, Run
+from .table import page
 
 
 def train(options: Namespace, dataset: Dataset) -> None:
@@ -107,7 +110,35 @@ def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[s
         **(note or {}),
         **{key: round(value, 4) for key, value in scores.items()},
     }
-    with (options.folder / "evaluations.jsonl").open("a", encoding="utf-8") as file:
+    _note(options.folder / "evaluations.jsonl", row)
+    return scores
+
+
+def noise(options: Namespace, dataset: Dataset) -> None:
+    """Measure a run's gradient with timesteps shared and random, on one student and proxy."""
+    for renoise in RENOISE:
+        run = runs.read_run(options.config, options.name, [*options.set, f"renoise={renoise}"])
+        task = runs.build(run, options.folder, dataset, options.device)
+        task.load_state_dict(runs.checkpoint(options.folder, run.name)["task"])
+        for step in run.settings.steps():
+            row = {
+                "name": run.name,
+                "renoise": renoise,
+                "sigma": run.settings.sigmas[step],
+                "scale": round(noise_scale(task, step, options.batches), 1),
+                "batches": options.batches,
+            }
+            _note(options.folder / "noise.jsonl", row)
+
+
+def table(options: Namespace, dataset: Dataset) -> None:
+    """Write docs/distilled.md from what the folder's runs have logged."""
+    options.docs.mkdir(parents=True, exist_ok=True)
+    (options.docs / "distilled.md").write_text(page(options.folder), encoding="utf-8")
+
+
+def _note(path: Path, row: dict) -> None:
+    """Add a line to a log, and print it."""
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    return scores
