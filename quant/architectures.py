@@ -18,7 +18,7 @@ class Architecture:
     """marks: alternatives, each a set of names that occur together. keep: parts of names.
 
     exact: float32 in any recipe: parameters that loaders copy as they are.
-    foreign: names that betray diffusers' layout of the same model, which ComfyUI cannot place.
+    kind: `general.type`, where a loader asks for it.
     """
 
     tag: str
@@ -26,6 +26,7 @@ class Architecture:
     marks: tuple[tuple[str, ...], ...]
     keep: tuple[str, ...] = ()
     exact: tuple[str, ...] = ()
+    kind: str = ""
 
 
 _UNET_KEEP = ("class_embedding.", "time_embedding.", "add_embedding.", "time_embed.", "label_emb.",
@@ -127,7 +128,9 @@ ARCHITECTURES = (
         "clip",
         "CLIP text encoder",
         (("text_model.encoder.layers.0.self_attn.q_proj.weight",),),
-        ("position_embedding", "text_projection"),
+        ("text_projection",),
+        ("position_embedding",),
+        kind="clip-vision",  # of CLIPs, city96's text loader lets only this type pass
     ),
     Architecture(
         "vae",

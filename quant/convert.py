@@ -62,7 +62,8 @@ def convert(
     check_importance(plan, options.importance)
     started = time.monotonic()
     rows: dict[str, Row] = {}
-    fields = {**plan.source.metadata, **(metadata or {})}
+    kind = {"general.type": plan.architecture.kind} if plan.architecture.kind else {}
+    fields = {**plan.source.metadata, **kind, **(metadata or {})}
     fields["general.file_type"] = int(plan.file_type)
     work = _Work(plan, options, rows)
     write_gguf(path, plan.architecture.tag, fields, work.tensors())

@@ -122,6 +122,19 @@ def test_gguf_source_is_quantised_again_and_keeps_its_fields(tmp_path, source):
     assert GGUFFile(tmp_path / "d.gguf").tensors[name].qtype is T.F16
 
 
+def test_clip_is_told_as_city96s_loader_asks(tmp_path):
+    """Its type, and positions as plain floats, which ComfyUI reads past the loader's layers."""
+    positions = "text_model.embeddings.position_embedding.weight"
+    names = models.names_of("text_model.encoder.layers.0.self_attn.q_proj.weight", positions)
+    save_file({name: t.bfloat16() for name, t in names.items()}, tmp_path / "l.safetensors")
+    make(tmp_path / "l.safetensors", tmp_path / "l.gguf", T.Q8_0)
+    file = GGUFFile(tmp_path / "l.gguf")
+    assert (file.architecture, file.metadata["general.type"]) == ("clip", "clip-vision")
+    assert file.tensors[positions].qtype is T.F32
+    make(tmp_path / "l.gguf", tmp_path / "m.gguf", T.Q4_0, {"general.type": "model"})
+    assert GGUFFile(tmp_path / "m.gguf").metadata["general.type"] == "model"
+
+
 def test_five_dimensions_and_odd_names_come_back(tmp_path):
     tensors = {
         "patch embedding/größe.weight": torch.randn(8, 4, 1, 2, 2),
