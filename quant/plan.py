@@ -27,7 +27,7 @@ from .stored import StoredTensor
 from .types import QTYPES
 
 SMALL = 1024  # weights; tensors of no more stay float32 (city96's threshold)
-LARGE_PARAMETER = 2**20  # weights; a bare parameter larger than this goes to F16, not F32
+LARGE_PARAMETER = 2**20  # weights; a bare parameter larger than this, or in F16, is F16, not F32
 _INTEGERS = (T.I8, T.I16, T.I32, T.I64)
 
 
@@ -213,7 +213,8 @@ def _kept(name: str, tensor: StoredTensor, row: Architecture) -> tuple[T, str] |
         return tensor.qtype, "delicate: as in the source"
     if not name.endswith(".weight") or len(tensor.shape) not in (2, 4):
         # A bare parameter or a 1- or 3-D convolution: city96's loader does not unpack their bf16.
-        return (T.F32 if tensor.numel <= LARGE_PARAMETER else T.F16), "parameter"
+        small = tensor.numel <= LARGE_PARAMETER and tensor.qtype is not T.F16
+        return (T.F32 if small else T.F16), "parameter"
     if _delicate(name, row):
         return _half(tensor), "delicate"
     if len(tensor.shape) > 2:

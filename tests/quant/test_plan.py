@@ -241,18 +241,21 @@ def test_flux_norms_get_their_published_names(plan):
     assert set(types(plan(other, T.Q8_0))) == set(other)
 
 
-def test_five_dimensions_are_not_bf16(plan):
+def test_parameters_and_five_dimensions_are_not_bf16(plan):
     """city96's loader unpacks bf16 only in the layers that it knows."""
-    tensors = {
-        "patch_embedding.weight": torch.ones(64, 16, 1, 2, 2).bfloat16(),
-        "large.weight": torch.ones(1024, 1024, 3).bfloat16(),
-        "conv.weight": torch.ones(64, 64, 3, 3).bfloat16(),
+    shapes = {
+        "patch_embedding.weight": (64, 16, 1, 2, 2),
+        "pos_embed": (1, 16, 256),
+        "large.weight": (1024, 1024, 3),
+        "conv.weight": (64, 64, 3, 3),
     }
-    assert types(plan(tensors, T.Q8_0)) == {
-        "patch_embedding.weight": T.F32,
-        "large.weight": T.F16,
-        "conv.weight": T.BF16,
-    }
+    for dtype, wanted in {
+        torch.float32: (T.F32, T.F32, T.F16, T.F16),
+        torch.bfloat16: (T.F32, T.F32, T.F16, T.BF16),
+        torch.float16: (T.F16, T.F16, T.F16, T.F16),  # nothing is gained by more bits
+    }.items():
+        tensors = {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+        assert types(plan(tensors, T.Q8_0)) == dict(zip(shapes, wanted, strict=True))
 
 
 def test_file_type_is_what_most_tensors_have(plan):
