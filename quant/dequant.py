@@ -4,9 +4,11 @@ An eager torch formula makes a dozen passes over its data. On a large weight eac
 main memory, so a CPU takes the blocks in tiles that stay in its last cache and are yet long enough
 to hide what starting an operation costs; a tile is cast while it is copied to its place. Other
 devices take larger tiles, which bound the memory, and torch.compile, which fuses the passes, all.
-Where numba is installed, its kernels do the work on the CPU: the same numbers, much faster.
+Where numba is installed, its kernels do the work on the CPU, where triton is, its on a GPU: the
+same numbers, much faster.
 """
 
+import importlib
 import logging
 import math
 from collections.abc import Sequence
@@ -77,7 +79,7 @@ def multiply_few(blocks: Tensor, qtype: GGMLQuantizationType, x: Tensor) -> Tens
 
     blocks: (rows, bytes of a row) uint8.
     """
-    if torch.compiler.is_compiling() or not blocks.is_cpu or (kernels := _kernels()) is None:
+    if torch.compiler.is_compiling() or not blocks.is_cpu or (kernels := _kernels("cpu")) is None:
         return None
     from . import numba_matvec
 
@@ -106,24 +108,44 @@ def _unpack(blocks: Tensor, qtype: GGMLQuantizationType, out: Tensor) -> None:
     if torch.compiler.is_compiling():
         flat.copy_(row.dequantize_blocks(blocks))
         return
-    kernels = _kernels() if blocks.is_cpu and out.is_cpu else None
+    kernels = _kernels(blocks.device.type) if blocks.device == out.device else None
     if kernels and qtype in kernels.COMPILED and out.dtype in kernels.DTYPES:
-        kernels.unpack(blocks, qtype, flat)
-        return
+        try:
+            kernels.unpack(blocks, qtype, flat)
+            return
+        except kernels.FAILURES as error:
+            _give_up(blocks.device.type, error)
     step = (_CPU_TILE if blocks.is_cpu else _DEVICE_TILE) // row.block_size
     for start in range(0, len(blocks), step):
         flat[start : start + step] = row.dequantize_blocks(blocks[start : start + step])
 
 
+_failed: set[str] = set()  # kinds of device whose kernels cannot be built
+
+
+def _kernels(device: str) -> ModuleType | None:
+    """The compiled kernels for a kind of device, if there are any that work."""
+    return None if device in _failed else _found(device)
+
+
 @cache
-def _kernels() -> ModuleType | None:
-    """The compiled kernels, if numba is there and works."""
-    try:
-        from . import numba_dequant
-    except ImportError as error:  # not installed, or it refuses this numpy
-        log.info("dequantising on the CPU without numba, which is slower: %s", error)
+def _found(device: str) -> ModuleType | None:
+    name = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device)
+    if name is None:
         return None
-    return numba_dequant
+    try:
+        return importlib.import_module(f".{name}_dequant", __package__)
+    except ImportError as error:  # not installed, or it refuses this numpy
+        log.info("dequantising on %s without %s, which is slower: %s", device, name, error)
+        return None
+
+
+def _give_up(device: str, error: Exception) -> None:
+    """Take the torch formulation from now on, and say once why; no memory is another matter."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    _failed.add(device)
+    log.warning("dequantising on %s by plain torch, which is slower: %s", device, error)
 
 
 def _check_sizes(

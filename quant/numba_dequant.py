@@ -26,6 +26,7 @@ _GRIDS = {
     **{t: partial(tables.grid, t.name) for t in (T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S)},
 }
 DTYPES = frozenset({torch.float32, torch.bfloat16})
+FAILURES = ()  # what `unpack` may raise where it cannot do its work at all
 
 
 @cache

@@ -1,0 +1,241 @@
+"""Dequantising on GPUs by Triton kernels: one pass from blocks to the output.
+
+triton is optional (torch brings it on Linux): without it `dequantize` takes the torch formulation,
+whose numbers these equal, in a dozen passes. The bits of each type are drawn where its
+torch formulation stands (legacy.py, k.py, iq.py). A program takes `B` blocks, a row each, and
+`lane` runs over the bytes of a row; a byte is loaded once for all the weights that it holds. Fusing
+products with sums is off, so that a product is rounded before something is added to it.
+"""
+
+import subprocess
+from contextlib import nullcontext
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as T
+from gguf.quants import IQ4_NL
+from torch import Tensor
+from triton.errors import TritonError
+
+# What is raised where no kernel can be built: no compiler, no driver, an unknown GPU.
+FAILURES = (TritonError, RuntimeError, OSError, subprocess.CalledProcessError)
+DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_WEIGHTS = 4096  # of a program
+
+
+@triton.jit
+def _byte(at, live):
+    return tl.load(at, mask=live, other=0).to(tl.int32)
+
+
+@triton.jit
+def _signed(at, live):
+    """An int8, as float32."""
+    value = _byte(at, live)
+    return (value - ((value & 128) << 1)).to(tl.float32)
+
+
+@triton.jit
+def _half(at, live):
+    """An IEEE half that may lie at any address, as float32."""
+    bits = _byte(at, live) | _byte(at + 1, live) << 8
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _place(
+    data,
+    out,
+    n,
+    width: tl.constexpr,
+    size: tl.constexpr,
+    lanes: tl.constexpr,
+    B: tl.constexpr,
+):
+    """The row of each block of `width` bytes, where its `size` weights go, lanes, what is there."""
+    b = (tl.program_id(0).to(tl.int64) * B + tl.arange(0, B))[:, None]
+    lane = tl.arange(0, lanes)[None, :]
+    return data + b * width, out + b * size + lane, lane, b < n
+
+
+@triton.jit
+def q8_0(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 34, 32, 32, B)
+    tl.store(to, _signed(at + 2 + lane, live) * _half(at, live), mask=live)
+
+
+@triton.jit
+def q4_0(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 18, 32, 16, B)
+    d, q = _half(at, live), _byte(at + 2 + lane, live)
+    tl.store(to, ((q & 15) - 8).to(tl.float32) * d, mask=live)
+    tl.store(to + 16, ((q >> 4) - 8).to(tl.float32) * d, mask=live)
+
+
+@triton.jit
+def q4_1(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 20, 32, 16, B)
+    d, m, q = _half(at, live), _half(at + 2, live), _byte(at + 4 + lane, live)
+    tl.store(to, (q & 15).to(tl.float32) * d + m, mask=live)
+    tl.store(to + 16, (q >> 4).to(tl.float32) * d + m, mask=live)
+
+
+@triton.jit
+def _fifth(at, lane, live):
+    """Bit 4 of the weights `lane` and `lane` + 16: one bit each of four bytes."""
+    low, high = _byte(at + lane // 8, live), _byte(at + 2 + lane // 8, live)
+    return (low >> lane % 8 & 1) << 4, (high >> lane % 8 & 1) << 4
+
+
+@triton.jit
+def q5_0(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 22, 32, 16, B)
+    d, q = _half(at, live), _byte(at + 6 + lane, live)
+    low, high = _fifth(at + 2, lane, live)
+    tl.store(to, ((q & 15 | low) - 16).to(tl.float32) * d, mask=live)
+    tl.store(to + 16, ((q >> 4 | high) - 16).to(tl.float32) * d, mask=live)
+
+
+@triton.jit
+def q5_1(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 24, 32, 16, B)
+    d, m, q = _half(at, live), _half(at + 2, live), _byte(at + 8 + lane, live)
+    low, high = _fifth(at + 4, lane, live)
+    tl.store(to, (q & 15 | low).to(tl.float32) * d + m, mask=live)
+    tl.store(to + 16, (q >> 4 | high).to(tl.float32) * d + m, mask=live)
+
+
+@triton.jit
+def q2_k(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 84, 256, 32, B)
+    d, m = _half(at + 80, live), _half(at + 82, live)
+    for group in tl.static_range(2):
+        q = _byte(at + 16 + 32 * group + lane, live)
+        for k in tl.static_range(4):
+            scale = _byte(at + 8 * group + 2 * k + lane // 16, live)
+            dl, ml = (scale & 15).to(tl.float32) * d, (scale >> 4).to(tl.float32) * m
+            w = (q >> 2 * k & 3).to(tl.float32) * dl - ml
+            tl.store(to + 128 * group + 32 * k, w, mask=live)
+
+
+@triton.jit
+def q3_k(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 110, 256, 32, B)
+    d, h = _half(at + 108, live), _byte(at + lane, live)
+    for group in tl.static_range(2):
+        q = _byte(at + 32 + 32 * group + lane, live)
+        for k in tl.static_range(4):
+            part = 8 * group + 2 * k + lane // 16
+            low = _byte(at + 96 + part % 8, live) >> 4 * group & 15
+            high = _byte(at + 104 + part % 4, live) >> 2 * (2 * group + k // 2) & 3
+            dl = ((low | high << 4) - 32).to(tl.float32) * d
+            w = ((q >> 2 * k & 3 | (h >> 4 * group + k & 1) << 2) - 4).to(tl.float32) * dl
+            tl.store(to + 128 * group + 32 * k, w, mask=live)
+
+
+@triton.jit
+def _scale_min(at, j: tl.constexpr, live):
+    """Scale and minimum of sub-block j of Q4_K and Q5_K, float32; `at` is where their bytes are."""
+    sc, m = _byte(at + j % 4, live), _byte(at + 4 + j % 4, live)
+    if j < 4:
+        sc, m = sc & 63, m & 63
+    else:
+        low = _byte(at + 4 + j, live)
+        sc, m = low & 15 | (sc >> 6) << 4, low >> 4 | (m >> 6) << 4
+    return sc.to(tl.float32), m.to(tl.float32)
+
+
+@triton.jit
+def q4_k(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 144, 256, 32, B)
+    d, dmin = _half(at, live), _half(at + 2, live)
+    for pair in tl.static_range(4):
+        q = _byte(at + 16 + 32 * pair + lane, live)
+        for k in tl.static_range(2):
+            sc, m = _scale_min(at + 4, 2 * pair + k, live)
+            w = (q >> 4 * k & 15).to(tl.float32) * (sc * d) - m * dmin
+            tl.store(to + 64 * pair + 32 * k, w, mask=live)
+
+
+@triton.jit
+def q5_k(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 176, 256, 32, B)
+    d, dmin, h = _half(at, live), _half(at + 2, live), _byte(at + 16 + lane, live)
+    for pair in tl.static_range(4):
+        q = _byte(at + 48 + 32 * pair + lane, live)
+        for k in tl.static_range(2):
+            sc, m = _scale_min(at + 4, 2 * pair + k, live)
+            q5 = q >> 4 * k & 15 | (h >> 2 * pair + k & 1) << 4
+            w = q5.to(tl.float32) * (sc * d) - m * dmin
+            tl.store(to + 64 * pair + 32 * k, w, mask=live)
+
+
+@triton.jit
+def q6_k(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 210, 256, 32, B)
+    d = _half(at + 208, live)
+    for group in tl.static_range(2):
+        h = _byte(at + 128 + 32 * group + lane, live)
+        for side in tl.static_range(2):
+            q = _byte(at + 64 * group + 32 * side + lane, live)
+            for k in tl.static_range(2):  # low nibbles, then high ones
+                part = 2 * k + side
+                dl = _signed(at + 192 + 8 * group + 2 * part + lane // 16, live) * d
+                w = ((q >> 4 * k & 15 | (h >> 2 * part & 3) << 4) - 32).to(tl.float32) * dl
+                tl.store(to + 128 * group + 32 * part, w, mask=live)
+
+
+@triton.jit
+def iq4_nl(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 18, 32, 16, B)
+    d, q = _half(at, live), _byte(at + 2 + lane, live)
+    tl.store(to, tl.load(levels + (q & 15)) * d, mask=live)
+    tl.store(to + 16, tl.load(levels + (q >> 4)) * d, mask=live)
+
+
+@triton.jit
+def iq4_xs(data, out, n, levels, B: tl.constexpr):
+    at, to, lane, live = _place(data, out, n, 136, 256, 16, B)
+    d = _half(at, live)
+    for j in tl.static_range(8):
+        low = _byte(at + 4 + j // 2, live) >> 4 * (j % 2) & 15
+        high = _byte(at + 2 + j // 4, live) >> 2 * (j % 4) & 3
+        dl = ((low | high << 4) - 32).to(tl.float32) * d
+        q = _byte(at + 8 + 16 * j + lane, live)
+        tl.store(to + 32 * j, tl.load(levels + (q & 15)) * dl, mask=live)
+        tl.store(to + 32 * j + 16, tl.load(levels + (q >> 4)) * dl, mask=live)
+
+
+_KERNELS = {
+    T[kernel.__name__.upper()]: kernel
+    for kernel in (q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs)
+}
+COMPILED = frozenset(_KERNELS)
+
+
+@cache
+def _levels(device: torch.device) -> Tensor:
+    """The values of IQ4_NL's codes."""
+    return torch.tensor(IQ4_NL.kvalues, dtype=torch.float32, device=device)
+
+
+def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
+    """blocks (n, type_size) uint8 into out, of one of DTYPES; contiguous and on one GPU, both.
+
+    Raises: one of FAILURES where no kernel can be built.
+    """
+    block_size, device = GGML_QUANT_SIZES[qtype][0], out.device
+    programs = triton.cdiv(len(blocks) * block_size, _WEIGHTS)
+    own = nullcontext() if device.type == "cpu" else getattr(torch, device.type).device_of(out)
+    with own:  # Triton starts kernels on the current GPU
+        _KERNELS[qtype][(programs,)](
+            blocks.contiguous(),
+            out,
+            len(blocks),
+            _levels(device),
+            B=_WEIGHTS // block_size,
+            enable_fp_fusion=False,
+        )
