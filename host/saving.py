@@ -36,7 +36,8 @@ class SavedWeight(torch.Tensor):
         return self.module.weight.nbytes
 
     def to(self, *_args, **_kwargs):
-        weight, bias, stream = self.module.cast(torch.float32, torch.device("cpu"))
+        waiting = self.module.waiting_patch()
+        weight, bias, stream = self.module.cast(torch.float32, torch.device("cpu"), waiting)
         self.module.uncast(weight, bias, stream)
         return weight.to(self.dtype)
 
