@@ -23,6 +23,7 @@ from .files import (
 from .layout import is_gguf
 from .lora import take_loras
 from .ops import gguf_ops
+from .residency import budget_of, stay_resident
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +33,19 @@ WRITE_AGAIN = "Write the file again with the sizes that the encoder has."
 CLIP_TYPES = sorted((t.name.lower() for t in comfy.sd.CLIPType), key=lambda name: name != "sd3")
 
 
-def load_diffusion_model(path: str, disable_dynamic: bool = False):
+def load_diffusion_model(path: str, memory: str = "low", disable_dynamic: bool = False):
     """-> MODEL, a stock `ModelPatcher` that carries the checkpoint's `Preset`, if the file has one.
 
+    memory: one of `residency.CHOICES`, how much of it dequantised weights may keep.
     Raises: ValueError (GGUFError) naming the file and the remedy.
     """
     state_dict, metadata = read(path)
     if not is_diffusion_model(state_dict):
         raise wrong_kind(path, state_dict, metadata, "diffusion model")
     preset = preset_of(path, metadata)
-    operations = None if is_safetensors(path) else gguf_ops(path, wants_float32())
+    budget, operations = budget_of(memory), None
+    if not is_safetensors(path):
+        operations = gguf_ops(path, wants_float32(), budget=budget)
     log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
@@ -52,8 +56,9 @@ def load_diffusion_model(path: str, disable_dynamic: bool = False):
     if operations is not None:
         operations.gguf_file.check_complete()
         take_loras(model)
+        stay_resident(model, operations.gguf_residency)
         use_fast_attention(model)
-    model.cached_patcher_init = (load_diffusion_model, (path,))
+    model.cached_patcher_init = (load_diffusion_model, (path, memory))
     if preset is not None:
         model.set_attachments(PRESET, preset)
     return model

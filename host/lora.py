@@ -57,6 +57,8 @@ class TakesLoRA:
     @comfy_patched_weights.setter
     def comfy_patched_weights(self, written: bool):
         self.written, self.unloaded = written, not written
+        if self.unloaded:
+            self.gguf_residency.release(self)
 
     @comfy_patched_weights.deleter
     def comfy_patched_weights(self):

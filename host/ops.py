@@ -19,6 +19,7 @@ from ..quant import dequantize_rows
 from .cpu import multiply_few, product_dtype
 from .layout import is_gguf
 from .lora import TakesLoRA
+from .residency import Residency
 from .saving import SavedWeight
 
 
@@ -50,8 +51,9 @@ class SourceFile:
 
 
 class _TakeOver:
-    """Mixin for operations whose weight may stay quantised. `gguf_file` is their SourceFile;
-    `gguf_exact` asks for products as the host would compute them, `gguf_text` marks text encoders.
+    """Mixin for operations whose weight may stay quantised. `gguf_file` is their SourceFile,
+    `gguf_residency` may keep what is unpacked; `gguf_exact` asks for products as the host would
+    compute them, `gguf_text` marks text encoders.
     """
 
     comfy_force_cast_weights = gguf_exact = gguf_text = False
@@ -90,6 +92,7 @@ class _TakeOver:
             if new.is_inference() and not torch.is_inference_mode_enabled():
                 new = new.clone()  # a parameter cannot wrap an inference tensor
             if new is not param:
+                self.gguf_residency.release(self)
                 self._parameters[name] = torch.nn.Parameter(new, requires_grad=False)
         return self
 
@@ -142,14 +145,22 @@ class _TakeOver:
         if beside:
             self.weight_function = [f for f in functions if f is not waiting]
         try:
+            # asked for a quantised weight in its own type, the host leaves the unpacking to us
+            packed = is_gguf(self.weight) and not self.weight_function
             weight, bias, stream = comfy.ops.cast_bias_weight(
-                self, dtype=dtype, device=device, bias_dtype=dtype, offloadable=True
+                self,
+                dtype=self.weight.dtype if packed else dtype,
+                device=device,
+                bias_dtype=dtype,
+                offloadable=True,
             )
         finally:
             self.weight_function = functions
+        patched = waiting is not None and not beside and waiting not in functions
         if isinstance(weight, QuantizedTensor):
-            weight = weight.to(dtype=dtype).dequantize()
-        if waiting is not None and not beside and waiting not in functions:
+            weight = weight.to(dtype=dtype)
+            weight = weight.dequantize() if patched else self.gguf_residency.dense(self, weight)
+        if patched:
             weight = waiting(weight.clone() if weight is self.weight else weight)
         return weight, bias, stream
 
@@ -191,9 +202,11 @@ class _Dense:
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type:
+def gguf_ops(
+    path: str, exact: bool = False, text_encoder: bool = False, budget: int | None = 0
+) -> type:
     """The host's operations over the weights of one file; its `gguf_file` says what it found there.
-    `exact`: with products as the host would compute them.
+    `exact`: with products as the host would compute them. `budget`: see `residency.py`.
 
     A class of its own for each file, so that nothing set for one model shows in another.
     """
@@ -201,13 +214,14 @@ def gguf_ops(path: str, exact: bool = False, text_encoder: bool = False) -> type
 
     class TakeOver(_TakeOver):
         gguf_file, gguf_exact, gguf_text = SourceFile(path), exact, text_encoder
+        gguf_residency = Residency(budget)
 
     class Conv(TakeOver):
         def forward_comfy_cast_weights(self, input):
             return self.apply_weight(self._conv_forward, input, self.waiting_patch())
 
     class GGUFOps(host):
-        gguf_file = TakeOver.gguf_file
+        gguf_file, gguf_residency = TakeOver.gguf_file, TakeOver.gguf_residency
 
         class Linear(TakesLoRA, TakeOver, host.Linear):
             def forward_comfy_cast_weights(self, input):

@@ -3,7 +3,7 @@
 import folder_paths
 from comfy_api.latest import io
 
-from ..host import folders, loading
+from ..host import folders, loading, residency
 
 NONE = "none"
 
@@ -26,14 +26,24 @@ class FewStepLoadDiffusionModel(io.ComfyNode):
                     tooltip="A file from models/diffusion_models (or models/unet): .gguf or "
                     ".safetensors. fewstep-demo.gguf comes with this pack.",
                 ),
+                io.Combo.Input(
+                    "memory",
+                    options=residency.CHOICES,
+                    default="low",
+                    optional=True,
+                    advanced=True,
+                    tooltip="How much unpacked GGUF weights may stay in memory, beside the file's "
+                    "own size, so that later steps need not unpack them again. low: none; auto: "
+                    "what is free.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A stock MODEL.")],
         )
 
     @classmethod
-    def execute(cls, model_name) -> io.NodeOutput:
+    def execute(cls, model_name, memory="low") -> io.NodeOutput:
         path = folders.model_path("diffusion_models", model_name)
-        return io.NodeOutput(loading.load_diffusion_model(path))
+        return io.NodeOutput(loading.load_diffusion_model(path, memory))
 
 
 class FewStepLoadTextEncoders(io.ComfyNode):

@@ -1,0 +1,176 @@
+"""Dequantised weights that stay in memory: the same numbers, within the budget, given back."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.model_management as management
+import pytest
+import torch
+from fewstep import run
+from fewstep.host import loading, residency
+from fewstep.tests.host import toys
+from fewstep.tests.host.test_loading import sample
+from fewstep.tests.host.test_lora import load, lokr, low_rank
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def path(tmp_path):
+    toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    return str(tmp_path / "m.gguf")
+
+
+def kept_by(model):
+    return model.model.diffusion_model.x_embedder.proj.gguf_residency
+
+
+@pytest.mark.parametrize("memory", residency.CHOICES)
+@pytest.mark.parametrize("make", [None, low_rank, lokr])
+def test_draws_the_same_whatever_is_kept(path, memory, make):
+    def draw(memory):
+        model = loading.load_diffusion_model(path, memory)
+        patched = load(model, make()) if make else model
+        return [sample(patched), sample(model), sample(patched)]
+
+    assert all(map(torch.equal, draw(memory), draw("low")))
+
+
+def test_low_keeps_nothing(path):
+    model = loading.load_diffusion_model(path)
+    sample(model)
+    assert not kept_by(model).kept and not kept_by(model).uses
+
+
+def test_a_budget_is_kept_to_and_goes_to_the_most_used(path):
+    model = loading.load_diffusion_model(path, "2 GB")
+    sample(model)
+    kept = kept_by(model)
+    whole, modules = kept.size, list(kept.kept)
+    assert whole > 0 and len(modules) > 2
+    hot = modules[-1]
+    kept.uses[hot] = 1000, kept.uses[hot][1]
+    kept.budget = whole // 2
+    sample(model)
+    assert 0 < kept.size <= whole // 2 and hot in kept.kept
+    places = {m: w.data_ptr() for m, w in kept.kept.items()}
+    sample(model)
+    assert places == {m: w.data_ptr() for m, w in kept.kept.items()}  # no coming and going
+
+
+def test_auto_takes_what_is_free_and_gives_it_back(path, monkeypatch):
+    model = loading.load_diffusion_model(path, "auto")
+    monkeypatch.setattr(residency, "spare", lambda _: 2**30)
+    sample(model)
+    kept = kept_by(model)
+    assert kept.size > 0
+    half = kept.size // 2
+    monkeypatch.setattr(residency, "spare", lambda _: -half)  # others want it
+    sample(model)
+    assert 0 < kept.size <= half + 1
+    monkeypatch.setattr(residency, "spare", lambda _: -(2**30))
+    sample(model)
+    assert kept.size == 0
+
+
+def test_what_stays_free(monkeypatch):
+    monkeypatch.setattr(management, "get_free_memory", lambda _: 20e9)
+    monkeypatch.setattr(management, "get_total_memory", lambda _: 32e9)
+    monkeypatch.setattr(management, "minimum_inference_memory", lambda: 1e9)
+    model = SimpleNamespace(load_device=CPU, model_size=lambda: 3e9)
+    assert residency.spare(model) == 20e9 - 4e9 - 1e9 - 3e9
+
+
+def test_is_given_back_when_the_host_asks(path):
+    model = loading.load_diffusion_model(path, "2 GB")
+    sample(model)
+    kept = kept_by(model)
+    before = kept.size
+    model.partially_unload(CPU, model.model_size() // 2)
+    assert kept.size < before
+    sample(model)
+    management.unload_all_models()
+    assert kept.size == 0
+    sample(load(model, low_rank()))  # a clone takes over what is loaded
+    places = [w.data_ptr() for w in kept.kept.values()]
+    sample(model)
+    assert places and places == [w.data_ptr() for w in kept.kept.values()]
+
+
+def test_goes_with_the_model(path):
+    model = loading.load_diffusion_model(path, "2 GB")
+    sample(model)
+    kept = kept_by(model)
+    assert kept.kept
+    management.unload_all_models()
+    del model
+    gc.collect()
+    assert not kept.kept
+
+
+def test_bad_choices_are_told(path):
+    with pytest.raises(ValueError, match="memory is 'lots': choose low, auto, or a size"):
+        loading.load_diffusion_model(path, "lots")
+
+
+WATCHED = """
+import gc, os, sys
+import psutil, torch
+import fewstep_run
+from fewstep.tests import in_process
+in_process.prepare()
+import comfy.model_management as management
+from fewstep.host import loading
+from fewstep.tests.host.test_loading import sample
+
+def say(what):
+    gc.collect()
+    print(what, psutil.Process().memory_info().rss, flush=True)
+
+torch.set_num_threads(1)
+sample(loading.load_diffusion_model(sys.argv[1]), 1)  # what any first run takes
+management.unload_all_models()
+say("start")
+model = loading.load_diffusion_model(sys.argv[2], sys.argv[3])
+say("loaded")
+sample(model, 1)
+say("drawn")
+management.unload_all_models()
+say("unloaded")
+del model
+say("gone")
+"""
+
+
+def watch(*arguments) -> dict[str, int]:
+    """A process's resident bytes, step by step. Freed memory goes back to the system at once."""
+    root = str(Path(run.__file__).parent)
+    start = f"import sys; sys.path.insert(0, {root!r}); import run; run.load_pack('fewstep')"
+    code = WATCHED.replace("import fewstep_run", start)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)},
+    )
+    assert done.returncode == 0, done.stderr
+    return {what: int(size) for what, size in map(str.split, done.stdout.splitlines())}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="allocators elsewhere keep what is freed")
+def test_memory_as_the_system_sees_it(path, tmp_path):
+    large = tmp_path / "large.gguf"
+    toys.write(large, "sd3", toys.mmdit(depth=8))
+    file, slack = large.stat().st_size, 40 * 2**20
+    low, all_kept = watch(path, str(large), "low"), watch(path, str(large), "2 GB")
+    for seen in (low, all_kept):  # mapped, not read
+        assert seen["loaded"] - seen["start"] < file / 4 + slack
+    assert low["drawn"] - low["start"] < 1.05 * file + slack
+    unpacked = 3 * file  # at least, of Q8_0 in float32
+    assert all_kept["drawn"] - all_kept["start"] > file + 0.8 * unpacked
+    assert all_kept["unloaded"] - all_kept["start"] < 1.05 * file + slack
+    assert max(low["gone"] - low["start"], all_kept["gone"] - all_kept["start"]) < slack
