@@ -109,6 +109,7 @@ def load_text_encoders(
     if operations is not None:
         operations.gguf_file.check_complete()
         take_loras(clip.patcher)
+        stay_resident(clip.patcher, operations.gguf_residency)
     again = (paths, clip_type, cpu, embedding_directory)
     clip.patcher.cached_patcher_init = (_text_encoder_patcher, again)
     return clip

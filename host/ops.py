@@ -137,9 +137,9 @@ class _TakeOver:
     def weight_lowvram_function(self, patch):
         self.gguf_patch = patch
 
-    def cast(self, dtype, device, waiting=None, beside=False):
+    def cast(self, dtype, device, waiting=None, beside=False, transient=False):
         """Weight and bias in `dtype` on `device`, with what `waiting_patch` gave added, unless that
-        is computed `beside` the weight; and the host's return token.
+        is computed `beside` the weight; and the host's return token. `transient`: until the next.
         """
         functions = self.weight_function
         if beside:
@@ -159,7 +159,10 @@ class _TakeOver:
         patched = waiting is not None and not beside and waiting not in functions
         if isinstance(weight, QuantizedTensor):
             weight = weight.to(dtype=dtype)
-            weight = weight.dequantize() if patched else self.gguf_residency.dense(self, weight)
+            if patched:
+                weight = weight.dequantize()
+            else:
+                weight = self.gguf_residency.dense(self, weight, transient)
         if patched:
             weight = waiting(weight.clone() if weight is self.weight else weight)
         return weight, bias, stream
@@ -178,7 +181,8 @@ class _TakeOver:
         """function(input, weight, bias), both in the input's type, see `cast`; the result is
         checked once.
         """
-        weight, bias, stream = self.cast(input.dtype, input.device, waiting, beside)
+        given = self.cast(input.dtype, input.device, waiting, beside, transient=True)
+        weight, bias, stream = given
         output = function(input, weight, bias)
         self.uncast(weight, bias, stream)
         if not self.gguf_checked:

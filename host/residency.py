@@ -1,4 +1,4 @@
-"""Dequantised weights of one model that stay in memory from step to step, up to a budget.
+"""Where dequantised weights of one model lie, and which stay there, up to a budget.
 
 A step unpacks each weight once, and forgets it. Kept, it need not be unpacked again: on a CPU that
 saves about a tenth of a step for two and a half times the memory (a Q6_K weight in bfloat16). Which
@@ -7,12 +7,16 @@ memory is given back when the host unloads or moves the weight, or the model as 
 the budget is what was free ("auto"), as others take it up.
 """
 
+from threading import get_ident
 from weakref import WeakKeyDictionary, WeakSet
 
 import comfy.model_management as management
 import torch
 from comfy.patcher_extension import CallbacksMP
 from comfy.quant_ops import QuantizedTensor
+
+from ..quant import dequantize
+from .layout import is_gguf
 
 GB = 10**9
 CHOICES = ["low", "auto", "2 GB", "4 GB", "8 GB", "16 GB", "32 GB"]
@@ -26,25 +30,46 @@ class Residency:
         self.automatic, self.budget = budget is None, budget or 0
         self.kept, self.uses = WeakKeyDictionary(), WeakKeyDictionary()
         self.refused = WeakSet()
+        self.scratch: dict[int, torch.Tensor] = {}  # of each thread
 
     @property
     def size(self) -> int:
         """Bytes that are kept."""
         return sum(weight.nbytes for weight in self.kept.values())
 
-    def dense(self, module: torch.nn.Module, weight: QuantizedTensor) -> torch.Tensor:
-        """The module's weight, unpacked to its type; to be read only, as it may be kept."""
+    def dense(
+        self, module: torch.nn.Module, weight: QuantizedTensor, transient: bool = False
+    ) -> torch.Tensor:
+        """The module's weight, unpacked to its type; to be read only, as it may be kept. What is
+        `transient` lasts until this thread asks for the next one.
+        """
+        unpack = self.unpack if transient else QuantizedTensor.dequantize
         if not self.budget:
-            return weight.dequantize()
+            return unpack(weight)
         kept, (uses, _) = self.kept.get(module), self.uses.get(module, (0, 0))
-        self.uses[module] = uses + 1, weight.numel() * weight.dtype.itemsize
+        size = weight.numel() * weight.dtype.itemsize
+        self.uses[module] = uses + 1, size
         if kept is not None and (kept.dtype, kept.device) == (weight.dtype, weight.device):
             return kept
         self.release(module)
-        unpacked = weight.dequantize()
-        if module not in self.refused and self.size + unpacked.nbytes <= self.budget:
-            self.kept[module] = unpacked
-        return unpacked
+        if module in self.refused or self.size + size > self.budget:
+            return unpack(weight)
+        self.kept[module] = weight.dequantize()
+        return self.kept[module]
+
+    def unpack(self, weight: QuantizedTensor) -> torch.Tensor:
+        """On a CPU into memory that serves one weight after the other: where each takes memory of
+        its own, the system fills that with zeros first, which takes longer than unpacking.
+        """
+        if not (is_gguf(weight) and weight.device.type == "cpu") or torch.compiler.is_compiling():
+            return weight.dequantize()
+        thread, size = get_ident(), weight.numel() * weight.dtype.itemsize
+        if thread not in self.scratch or self.scratch[thread].numel() < size:
+            self.scratch.pop(thread, None)
+            with torch.inference_mode(False):  # so that it can be written to in any mode
+                self.scratch[thread] = torch.empty(size, dtype=torch.uint8)
+        out = self.scratch[thread][:size].view(weight.dtype).view(weight.shape)
+        return dequantize(weight._qdata, weight.params.qtype, weight.shape, out=out)
 
     def release(self, module: torch.nn.Module) -> None:
         self.kept.pop(module, None)
@@ -66,6 +91,7 @@ class Residency:
         """Host's ON_DETACH callback; `unpatch_all` is False as a clone takes them over."""
         if unpatch_all:
             self.kept.clear()
+            self.scratch.clear()
 
 
 def spare(patcher) -> int:
@@ -92,6 +118,8 @@ def budget_of(choice: str) -> int | None:
 
 
 def stay_resident(patcher, residency: Residency) -> None:
-    """Let a freshly loaded MODEL settle before each sampling, and give back when it is unloaded."""
+    """Let a freshly loaded MODEL or CLIP's patcher settle before it samples, and give back when it
+    is unloaded.
+    """
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, residency.settle)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, __name__, residency.give_back)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fewstep import run
 from fewstep.host import loading, residency
+from fewstep.host.layout import is_gguf
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_loading import sample
 from fewstep.tests.host.test_lora import load, lokr, low_rank
@@ -174,3 +175,24 @@ def test_memory_as_the_system_sees_it(path, tmp_path):
     assert all_kept["drawn"] - all_kept["start"] > file + 0.8 * unpacked
     assert all_kept["unloaded"] - all_kept["start"] < 1.05 * file + slack
     assert max(low["gone"] - low["start"], all_kept["gone"] - all_kept["start"]) < slack
+
+
+def test_what_is_unpacked_for_one_product_lies_where_the_last_one_did(path):
+    model = loading.load_diffusion_model(path)
+    sample(model)
+    (scratch,) = kept_by(model).scratch.values()
+    place, size = scratch.data_ptr(), scratch.nbytes
+    sample(model)
+    (scratch,) = kept_by(model).scratch.values()
+    weights = [p for p in model.model.parameters() if is_gguf(p)]
+    assert (scratch.data_ptr(), scratch.nbytes) == (place, size)
+    assert size <= 4 * max(p.numel() for p in weights)
+    management.unload_all_models()
+    assert not kept_by(model).scratch
+
+
+def test_saving_gives_each_weight_memory_of_its_own(path):
+    model = loading.load_diffusion_model(path)
+    model.patch_model(CPU)
+    saved = [t.to(CPU) for t in model.state_dict_for_saving().values()]
+    assert len({t.data_ptr() for t in saved}) == len(saved)
