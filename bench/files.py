@@ -61,6 +61,38 @@ def gguf_file(folder: Path, qtype: T) -> Path:
     return path
 
 
+T5 = {"vocabulary": 32128, "width": 4096, "inner": 10240, "heads": 64, "layers": 24}  # XXL's
+
+
+def t5_file(folder: Path, qtype: T) -> Path:
+    """A T5-XXL encoder as llama.cpp writes it, tokenizer and all, made if it is not there."""
+    path, block = folder / f"t5-xxl-{qtype.name}.gguf", gguf.GGML_QUANT_SIZES[qtype][0]
+    if path.exists():
+        return path
+    pool, words, width, inner = random_blocks(qtype), T5["vocabulary"], T5["width"], T5["inner"]
+    matrices = {"token_embd": (words, width)}
+    norms = ["enc.output_norm"]
+    for layer in range(T5["layers"]):
+        start = f"enc.blk.{layer}."
+        matrices |= {f"{start}attn_{name}": (width, width) for name in "qkvo"}
+        matrices |= {f"{start}ffn_{name}": (inner, width) for name in ("gate", "up")}
+        matrices[start + "ffn_down"] = (width, inner)
+        norms += [start + "attn_norm", start + "ffn_norm"]
+    tensors = [("enc.blk.0.attn_rel_b.weight", torch.zeros(32, T5["heads"]))]
+    tensors += [(f"{name}.weight", torch.full((width,), 0.1)) for name in norms]
+    for name, shape in matrices.items():
+        blocks = partial(_repeat, pool, shape[0] * shape[1] // block)
+        tensors.append((f"{name}.weight", (blocks, qtype, shape)))
+    tokenizer = {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": [f"piece{i}" for i in range(words)],
+        "tokenizer.ggml.scores": [-0.5 * i for i in range(words)],
+        "tokenizer.ggml.token_type": [1] * words,
+    }
+    write_gguf(str(path), "t5encoder", tokenizer, tensors)
+    return path
+
+
 def _repeat(pool: torch.Tensor, n: int) -> torch.Tensor:
     return pool.repeat(-(-n // len(pool)), 1)[:n]
 

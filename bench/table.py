@@ -11,8 +11,12 @@ LABELS = {
 }
 
 
+def exact_medians(turns: list[dict[str, float]]) -> dict[str, float]:
+    return {name: median(turn[name] for turn in turns) for name in turns[0]}
+
+
 def medians(turns: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(median(turn[name] for turn in turns), 3) for name in turns[0]}
+    return {name: round(value, 3) for name, value in exact_medians(turns).items()}
 
 
 def ratio(turns: list[dict[str, float]], name: str, to: str) -> str:

@@ -3,6 +3,8 @@
     {"do": "load", "file": …}           -> {"wall", "cpu"} seconds
     {"do": "step", "pixels": 256}       -> the same, of one sampling step
     {"do": "loras", "count": 4}         -> {} from now on the model has so many rank-16 LoRAs
+    {"do": "load_encoder", "file": …}   -> the same
+    {"do": "encode", "tokens": 77}      -> the same, of encoding so many words
     {"do": "memory"}                    -> {"bytes"} at the most so far
     {"do": "rates", …}, {"do": "files"}, {"do": "source"}, {"do": "quantise"} -> see there
 
@@ -90,6 +92,25 @@ class Host:
 
         return seconds(run)
 
+    def load_encoder(self, file: str) -> dict:
+        def run():
+            self.clip = self.make_encoder(file)
+
+        return seconds(run)
+
+    def encode(self, tokens: int) -> dict:
+        """A T5 alone, as SD3's text encoder, reading so many words."""
+        t5 = [[(3 + n, 1.0) for n in range(tokens - 1)] + [(1, 1.0)]]
+        words = {"l": [], "g": [], "t5xxl": t5}
+
+        def run():
+            with torch.inference_mode():
+                encoded = self.clip.encode_from_tokens(words)
+            if not encoded.isfinite().all():
+                raise ValueError("the text's encoding is not finite")
+
+        return seconds(run)
+
     def loras(self, count: int) -> dict:
         import comfy.sd
 
@@ -109,6 +130,9 @@ class FewStep(Host):
 
     def load_model(self, file: str):
         return self.loading.load_diffusion_model(file)
+
+    def make_encoder(self, file: str):
+        return self.loading.load_text_encoders([file])
 
     def rates(self, weights: int, repeats: int, clock: str) -> dict:
         """Gel/s of dequantising to bfloat16 by type, and of copying float32 to bfloat16."""
@@ -168,6 +192,12 @@ class FewStep(Host):
         done.set()
         return {"seconds": spent, "above the loaded model": max(most) - before}
 
+    def encoder_file(self, folder: str, type: str) -> dict:
+        from fewstep.bench import files
+        from gguf import GGMLQuantizationType
+
+        return {"path": str(files.t5_file(Path(folder), GGMLQuantizationType[type]))}
+
 
 class PeerGGUF(Host):
     """A clone of ComfyUI-GGUF, loaded as ComfyUI loads a pack; its own loader node."""
@@ -182,6 +212,12 @@ class PeerGGUF(Host):
 
         folder_paths.add_model_folder_path("unet", str(Path(file).parent))
         return self.nodes.UnetLoaderGGUF().load_unet(Path(file).name)[0]
+
+    def make_encoder(self, file: str):
+        import folder_paths
+
+        folder_paths.add_model_folder_path("clip", str(Path(file).parent))
+        return self.nodes.CLIPLoaderGGUF().load_clip(Path(file).name, "sd3")[0]
 
 
 class Cpp:

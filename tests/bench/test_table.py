@@ -1,6 +1,6 @@
 """The benchmark's report: what it says of times that are known."""
 
-from fewstep.bench import table
+from fewstep.bench import encode, table
 
 TURNS = [
     {"fewstep": 1.0, "host": 3.0},
@@ -41,3 +41,17 @@ def test_report_has_a_row_for_each_measurement():
 def test_report_leaves_out_what_was_not_measured():
     text = table.report(result() | {"loras": [], "first": []})
     assert "LoRA" not in text and "memory" not in text and "A sampling step" in text
+
+
+def test_report_of_a_text_encoder():
+    header = [{"fewstep": 0.004, "gguf-py": 1.2}, {"fewstep": 0.004, "gguf-py": 1.6}]
+    result = {"setting": {"device": "cpu"}, "tokens": 77, "type": "Q4_K"}
+    turns = [{"fewstep": 2.0, "peer-gguf": 20.0}]
+    text = encode.report(result | {"header": header, "encode": turns})
+    for row in (
+        "## Encoding 77 tokens, Q4_K",
+        "| city96/ComfyUI-GGUF | 20 s | 10.00 (10.00–10.00) |",
+        "| FewStep | 4 ms |  |",
+        "| gguf-py | 1.4e+03 ms | 350.00 (300.00–400.00) |",
+    ):
+        assert row in text
