@@ -61,6 +61,8 @@ class Side:
 def main() -> None:
     options = arguments()
     sides = {"fewstep": (), "host": ()}
+    if options.runtime:
+        sides["runtime"] = (options.runtime,)
     if options.peer_gguf:
         sides["peer-gguf"] = (str(options.peer_gguf.resolve()),)
     if importlib.util.find_spec("stable_diffusion_cpp"):
@@ -88,6 +90,8 @@ def arguments() -> argparse.Namespace:
     words = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--peer-gguf", type=Path, help="a clone of city96/ComfyUI-GGUF")
     parser.add_argument("--types", type=words, default=["Q6_K", "Q4_K"])
+    runtime_help = "measure the loader's `runtime` too: int8, fp8, mxfp8 or nvfp4"
+    parser.add_argument("--runtime", help=runtime_help)
     parser.add_argument("--pixels", type=words, default=["256", "512"], help="sides of the picture")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -161,6 +165,7 @@ def setting(options: argparse.Namespace) -> dict:
         "device": "cuda" if cuda else "cpu",
         "processor": torch.cuda.get_device_name() if cuda else processor(),
         "threads": options.threads,
+        "runtime": options.runtime,
         "repeats": options.repeats,
         "clock": options.clock,
         "torch": torch.__version__,

@@ -124,12 +124,13 @@ class Host:
 class FewStep(Host):
     """This project, with a GGUF file."""
 
-    def __init__(self):
+    def __init__(self, runtime: str = "exact"):
         super().__init__()
         self.loading = importlib.import_module("fewstep.host.loading")
+        self.runtime = runtime
 
     def load_model(self, file: str):
-        return self.loading.load_diffusion_model(file)
+        return self.loading.load_diffusion_model(file, runtime=self.runtime)
 
     def make_encoder(self, file: str):
         return self.loading.load_text_encoders([file])
@@ -274,7 +275,7 @@ def random_lora(model, seed: int) -> dict[str, torch.Tensor]:
     return file
 
 
-SIDES = {"fewstep": FewStep, "host": Host, "peer-gguf": PeerGGUF, "cpp": Cpp}
+SIDES = {"fewstep": FewStep, "runtime": FewStep, "host": Host, "peer-gguf": PeerGGUF, "cpp": Cpp}
 
 
 def prepare() -> None:

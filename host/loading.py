@@ -3,6 +3,7 @@
 import logging
 import os
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
@@ -24,6 +25,7 @@ from .layout import is_gguf
 from .lora import take_loras
 from .ops import gguf_ops
 from .residency import budget_of, stay_resident
+from .runtime import EXACT, choose
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +35,16 @@ WRITE_AGAIN = "Write the file again with the sizes that the encoder has."
 CLIP_TYPES = sorted((t.name.lower() for t in comfy.sd.CLIPType), key=lambda name: name != "sd3")
 
 
-def load_diffusion_model(path: str, memory: str = "low", disable_dynamic: bool = False):
+def load_diffusion_model(
+    path: str,
+    memory: str = "low",
+    runtime: str = EXACT,
+    disable_dynamic: bool = False,
+):
     """-> MODEL, a stock `ModelPatcher` that carries the checkpoint's `Preset`, if the file has one.
 
-    memory: one of `residency.CHOICES`, how much of it dequantised weights may keep.
+    memory: one of `residency.CHOICES`, how much of it dequantised weights may keep. runtime: one of
+    `runtime.CHOICES`, what a GGUF file's weights are turned into, where the machine has that.
     Raises: ValueError (GGUFError) naming the file and the remedy.
     """
     state_dict, metadata = read(path)
@@ -44,8 +52,9 @@ def load_diffusion_model(path: str, memory: str = "low", disable_dynamic: bool =
         raise wrong_kind(path, state_dict, metadata, "diffusion model")
     preset = preset_of(path, metadata)
     budget, operations = budget_of(memory), None
+    turning, why_not = choose(runtime, comfy.model_management.get_torch_device())
     if not is_safetensors(path):
-        operations = gguf_ops(path, wants_float32(), budget=budget)
+        operations = gguf_ops(path, wants_float32(), budget=budget, runtime=turning)
     log.info("Loading %s: %s", os.path.basename(path), summary(state_dict))
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
@@ -55,10 +64,14 @@ def load_diffusion_model(path: str, memory: str = "low", disable_dynamic: bool =
     )
     if operations is not None:
         operations.gguf_file.check_complete()
+        if why_not:
+            log.warning("%s: %s", os.path.basename(path), why_not)
+        if turning:
+            log.info("%s: %s", os.path.basename(path), turning)
         take_loras(model)
         stay_resident(model, operations.gguf_residency)
         use_fast_attention(model)
-    model.cached_patcher_init = (load_diffusion_model, (path, memory))
+    model.cached_patcher_init = (load_diffusion_model, (path, memory, runtime))
     if preset is not None:
         model.set_attachments(PRESET, preset)
     return model

@@ -20,6 +20,7 @@ from .cpu import multiply_few, product_dtype
 from .layout import is_gguf
 from .lora import TakesLoRA
 from .residency import Residency
+from .runtime import NotFiniteError, Runtime
 from .saving import SavedWeight
 
 
@@ -100,7 +101,7 @@ class _TakeOver:
         """Without torch's `detach`, which fails on a quantised parameter in inference mode."""
         for name, param in self._parameters.items():
             if param is not None:
-                saved = SavedWeight(self) if is_gguf(param) else param
+                saved = SavedWeight(self) if isinstance(param, QuantizedTensor) else param
                 destination[prefix + name] = saved if keep_vars else saved.detach()
 
     def convert_weight(self, weight, inplace=False, **_options):
@@ -112,9 +113,9 @@ class _TakeOver:
         not hold a patch finer than its own rounding; where the host needs the same size again
         (saving, hooks) it is quantised anew.
         """
-        if is_gguf(self.weight):
+        if isinstance(self.weight, QuantizedTensor):
             if return_weight or inplace_update:
-                weight = self.weight.requantize_from_float(weight)
+                weight = self.weight.requantize_from_float(weight, scale="recalculate")
         else:
             weight = comfy.float.stochastic_rounding(weight, self.weight.dtype, seed=seed)
         if return_weight:
@@ -207,10 +208,15 @@ class _Dense:
 
 
 def gguf_ops(
-    path: str, exact: bool = False, text_encoder: bool = False, budget: int | None = 0
+    path: str,
+    exact: bool = False,
+    text_encoder: bool = False,
+    budget: int | None = 0,
+    runtime: Runtime | None = None,
 ) -> type:
     """The host's operations over the weights of one file; its `gguf_file` says what it found there.
-    `exact`: with products as the host would compute them. `budget`: see `residency.py`.
+    `exact`: with products as the host would compute them. `budget`: see `residency.py`. `runtime`:
+    what linear layers' weights are turned into.
 
     A class of its own for each file, so that nothing set for one model shows in another.
     """
@@ -228,10 +234,24 @@ def gguf_ops(
         gguf_file, gguf_residency = TakeOver.gguf_file, TakeOver.gguf_residency
 
         class Linear(TakesLoRA, TakeOver, host.Linear):
+            turned = False  # whether the weight is as `runtime` multiplies it
+
+            def _load_from_state_dict(self, *args):
+                super()._load_from_state_dict(*args)
+                self.turned = runtime is not None and is_gguf(self.weight)
+                if self.turned:
+                    try:
+                        weight = runtime.turn(self.weight)
+                    except NotFiniteError as error:
+                        raise self.gguf_file.not_finite(self.gguf_name + "weight") from error
+                    self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
             def forward_comfy_cast_weights(self, input):
                 waiting = self.waiting_patch()
                 branch = self.side_branch(waiting)
                 added = self.weight_function or self.bias_function or (waiting and not branch)
+                if self.turned and not added and isinstance(self.weight, QuantizedTensor):
+                    return self.multiply_turned(input, branch)
                 output = None if added else multiply_few(self, input)
                 if output is not None and not self.gguf_checked:
                     self.gguf_checked = bool(output.isfinite().all())
@@ -246,6 +266,18 @@ def gguf_ops(
                 if branch is not None:
                     output = branch.add(output, x)
                 return output.to(input.dtype)
+
+            def multiply_turned(self, input, branch):
+                weight, bias, stream = comfy.ops.cast_bias_weight(
+                    self,
+                    dtype=self.weight.dtype,
+                    device=input.device,
+                    bias_dtype=input.dtype,
+                    offloadable=True,
+                )
+                output = runtime.multiply(input, weight, bias)
+                self.uncast(weight, bias, stream)
+                return output if branch is None else branch.add(output, input)
 
         class Conv1d(Conv, host.Conv1d): ...
 

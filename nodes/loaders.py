@@ -3,7 +3,7 @@
 import folder_paths
 from comfy_api.latest import io
 
-from ..host import folders, loading, residency
+from ..host import folders, loading, residency, runtime
 
 NONE = "none"
 
@@ -36,14 +36,24 @@ class FewStepLoadDiffusionModel(io.ComfyNode):
                     "own size, so that later steps need not unpack them again. low: none; auto: "
                     "what is free.",
                 ),
+                io.Combo.Input(
+                    "runtime",
+                    options=runtime.CHOICES,
+                    default=runtime.EXACT,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Turns a GGUF file's weights while loading into a format that the "
+                    "processor itself multiplies: faster, at a small error, told in the log. "
+                    f"This machine has {runtime.here()}; asked for another, weights stay exact.",
+                ),
             ],
             outputs=[io.Model.Output(tooltip="A stock MODEL.")],
         )
 
     @classmethod
-    def execute(cls, model_name, memory="low") -> io.NodeOutput:
+    def execute(cls, model_name, memory="low", runtime="exact") -> io.NodeOutput:
         path = folders.model_path("diffusion_models", model_name)
-        return io.NodeOutput(loading.load_diffusion_model(path, memory))
+        return io.NodeOutput(loading.load_diffusion_model(path, memory, runtime))
 
 
 class FewStepLoadTextEncoders(io.ComfyNode):
