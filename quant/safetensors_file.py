@@ -51,6 +51,8 @@ def read_header(path: str) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     except GGUFError as error:
         raise GGUFError(f"{path}: {error}") from error
     metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise GGUFError(f"{path}: __metadata__ holds no texts by name; {DAMAGED}")
     tensors = {name: _stored(path, name, entry, start) for name, entry in header.items()}
     end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=start)
     if end > size:
@@ -98,7 +100,7 @@ def _check_form(weight: StoredTensor, mark: StoredTensor) -> None:
     """`mark`: ComfyUI's JSON about a layer, {"format": "float8_e4m3fn"}, as bytes."""
     try:
         form = json.loads(mark.raw(0, mark.rows).numpy().tobytes())["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise GGUFError(f"{mark.path}: tensor {mark.name!r} is no ComfyUI mark") from error
     if form not in ("float8_e4m3fn", "float8_e5m2"):
         raise GGUFError(
@@ -119,7 +121,7 @@ def _parse(file: BinaryIO) -> tuple[dict, int, int]:
     file.seek(8)
     try:
         header = json.loads(file.read(length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GGUFError(f"the header is no JSON; {DAMAGED}") from error
     return header, 8 + length, size
 
@@ -130,11 +132,12 @@ def _stored(path: str, name: str, entry: dict, start: int) -> StoredTensor:
         first, last = entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise GGUFError(f"{path}: tensor {name!r} has no proper entry; {DAMAGED}") from error
-    if label not in DTYPES:
+    if not isinstance(label, str) or label not in DTYPES:
         known = ", ".join(DTYPES)
         raise GGUFError(f"{path}: tensor {name!r} is {label}, which is not known (known: {known})")
     dtype, qtype = DTYPES[label]
-    if last - first != math.prod(shape) * dtype.itemsize or first < 0:
+    whole = all(type(number) is int and 0 <= number < 2**63 for number in (*shape, first, last))
+    if not whole or last - first != math.prod(shape) * dtype.itemsize:
         raise GGUFError(f"{path}: tensor {name!r} does not fit its {shape} of {label}; {DAMAGED}")
     return StoredTensor(
         path=path,

@@ -91,7 +91,7 @@ def _indexed(path: str) -> list[str]:
     try:
         names = json.loads(Path(path).read_bytes())["weight_map"].values()
         shards = sorted({os.path.basename(name) for name in names})
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise GGUFError(f"{path}: not the index of a sharded model: download it again") from error
     return [os.path.join(os.path.dirname(path), name) for name in shards]
 

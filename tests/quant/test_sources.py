@@ -125,6 +125,40 @@ def test_entries_that_do_not_add_up_are_refused(tmp_path, entry):
         open_source(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [2.0, 2.0]},
+        {"shape": [-2, -2]},
+        {"shape": ["2", 2]},
+        {"shape": [2**70, 0], "data_offsets": [0, 0]},
+        {"data_offsets": [0.0, 16.0]},
+        {"data_offsets": [None, 16]},
+        {"dtype": ["F32"]},
+    ],
+)
+def test_entries_of_other_kinds_are_refused(tmp_path, change):
+    entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]} | change
+    text = json.dumps({"a": entry}).encode()
+    whole = len(text).to_bytes(8, "little") + text + bytes(16)
+    (tmp_path / "a.safetensors").write_bytes(whole)
+    with pytest.raises(GGUFError, match="tensor 'a'"):
+        open_source(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"__metadata__": ["a"]}', "__metadata__ holds no texts"),
+        (b'{"a": ' + b"[" * 10**5 + b"}", "the header is no JSON"),
+    ],
+)
+def test_headers_of_other_kinds_are_refused(tmp_path, text, message):
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(GGUFError, match=message):
+        open_source(tmp_path / "a.safetensors")
+
+
 def test_a_tensor_of_gguf_bytes_needs_no_alignment(tmp_path):
     """Plain file reads land in memory of their own."""
     write_gguf(tmp_path / "a.gguf", "x", {}, [("a", torch.ones(3)), ("b", torch.arange(5.0))])
