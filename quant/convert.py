@@ -131,6 +131,7 @@ class _Work:
     def __init__(self, plan: Plan, options: Options, rows: dict[str, Row]):
         self.plan, self.options, self.rows = plan, options, rows
         self.notes: list[str] = []
+        self.bad: dict[str, list[tuple[int, int]]] = {}  # (first row, weights) of NaN and infinity
         self.done, self.total = 0, sum(choice.source.numel for choice in plan.choices)
 
     def tensors(self) -> Iterator[NamedTensor]:
@@ -155,6 +156,9 @@ class _Work:
             self.done += (stop - start) * source.cols
             if self.options.progress is not None:
                 self.options.progress(self.done, self.total, choice.name)
+        if bad := self.bad.get(choice.name):
+            kept = "kept" if choice.qtype in PLAIN_TYPES or _copied(choice) else "stored as 0"
+            self.notes.append(f"{_told(choice, min(bad)[0], sum(n for _, n in bad))}: {kept}")
         self.rows[choice.name] = Row(
             choice.name,
             source.shape,
@@ -173,7 +177,7 @@ class _Work:
         block_size, type_size = GGML_QUANT_SIZES[qtype]
         first, last = (row * source.cols // block_size * type_size for row in rows)
         place = out[first:last]
-        if source.qtype is qtype and source.scale is None:
+        if _copied(choice):
             place.copy_(source.raw(start, stop))
             if _is_float(qtype):
                 x = source.decode(place)
@@ -206,14 +210,12 @@ class _Work:
         finite = x.isfinite()
         count = x.numel() - int(finite.sum())
         row = start + int((~finite.view(-1)).nonzero()[0]) // max(1, choice.source.cols)
-        what = f"tensor {choice.source.name!r} holds {count} NaN or infinite weights, row {row} on"
         if not self.options.allow_nonfinite:
             raise GGUFError(
-                f"{choice.source.path}: {what}: the file is damaged or badly trained: get another, "
-                "or go on with --allow-nonfinite"
+                f"{choice.source.path}: {_told(choice, row, count)}: the file is damaged or badly "
+                "trained: get another, or go on with --allow-nonfinite"
             )
-        kept = "kept" if choice.qtype in PLAIN_TYPES else "stored as 0"
-        self.notes.append(f"{what}: {kept}")
+        self.bad.setdefault(choice.name, []).append((row, count))
         return False
 
     def _check_range(self, choice: Choice, x: Tensor, half: Tensor) -> None:
@@ -222,6 +224,15 @@ class _Work:
                 f"{choice.source.path}: tensor {choice.source.name!r} holds "
                 f"{float(x.abs().max())}, which F16 cannot: add --tensor {choice.name}=BF16"
             )
+
+
+def _copied(choice: Choice) -> bool:
+    """Whether the stored bytes are taken as they are."""
+    return choice.source.qtype is choice.qtype and choice.source.scale is None
+
+
+def _told(choice: Choice, row: int, count: int) -> str:
+    return f"tensor {choice.source.name!r} holds {count} NaN or infinite weights, row {row} on"
 
 
 def _is_float(qtype: T) -> bool:

@@ -200,6 +200,34 @@ def test_nonfinite_weight_is_named_and_refused(tmp_path, value):
     assert got[3, 5] == 0 and got.isfinite().all()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_nonfinite_weights_are_one_note_a_tensor(tmp_path, monkeypatch, threads):
+    """However its pieces fall to threads."""
+    monkeypatch.setattr("fewstep.quant.stored.CHUNK", 256)
+    x = torch.randn(64, 64)
+    x[[7, 30, 63]] = float("nan")
+    save_file({"blk.weight": x}, tmp_path / "a.safetensors")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        allowed = Options(allow_nonfinite=True)
+        report = make(tmp_path / "a.safetensors", tmp_path / "a.gguf", options=allowed)
+    finally:
+        torch.set_num_threads(before)
+    told = [note for note in report.notes if "NaN" in note]
+    assert told == ["tensor 'blk.weight' holds 192 NaN or infinite weights, row 7 on: stored as 0"]
+
+
+def test_blocks_that_are_copied_keep_their_nan(tmp_path):
+    blocks = quantize(torch.randn(64, 64), T.Q8_0)
+    blocks[0, :2] = torch.tensor([0, 0x7E], dtype=torch.uint8)
+    write_gguf(tmp_path / "a.gguf", "x", {}, [("blk.weight", (blocks, T.Q8_0, (64, 64)))])
+    allowed = Options(allow_nonfinite=True)
+    report = make(tmp_path / "a.gguf", tmp_path / "b.gguf", options=allowed)
+    assert torch.equal(GGUFFile(tmp_path / "b.gguf").blocks("blk.weight"), blocks)
+    assert any("32 NaN" in note and note.endswith("kept") for note in report.notes)
+
+
 def test_what_f16_cannot_hold_is_told(tmp_path):
     save_file({"blk.weight": torch.full((64, 64), 1e6)}, tmp_path / "a.safetensors")
     with pytest.raises(GGUFError, match=r"'blk.weight' holds 1000000.0, which F16 cannot"):
