@@ -26,6 +26,7 @@ from .types import PLAIN_TYPES
 from .writer import NamedTensor, write_gguf
 
 Progress = Callable[[int, int, str], None]  # weights done, weights in all, the tensor at work
+_SAFE = 65504.0  # weights up to the largest half give no block a scale that is none
 _HEADER_ROOM = 2**20  # bytes kept free besides the tensors and the fields
 
 
@@ -190,7 +191,7 @@ class _Work:
         if qtype in PLAIN_TYPES:
             y = place.view(PLAIN_TYPES[qtype]).view(x.shape)
             y.copy_(x)
-            if sound and qtype is T.F16:
+            if qtype is T.F16:
                 self._check_range(choice, x, y)
             if measured:
                 errors.add(x, y.float())
@@ -201,6 +202,8 @@ class _Work:
         blocks = quantize(x, qtype, importance, self.options.effort, place.view(stop - start, -1))
         if measured:
             errors.add(x, dequantize(blocks, qtype, tuple(x.shape)))
+        if errors.nonfinite if measured else max(map(abs, x.aminmax())) > _SAFE:
+            self._check_range(choice, x, dequantize(blocks, qtype, tuple(x.shape)))
         return errors
 
     def _check_finite(self, choice: Choice, x: Tensor, start: int) -> bool:
@@ -218,12 +221,16 @@ class _Work:
         self.bad.setdefault(choice.name, []).append((row, count))
         return False
 
-    def _check_range(self, choice: Choice, x: Tensor, half: Tensor) -> None:
-        if not bool(half.isfinite().all()):
-            raise GGUFError(
-                f"{choice.source.path}: tensor {choice.source.name!r} holds "
-                f"{float(x.abs().max())}, which F16 cannot: add --tensor {choice.name}=BF16"
-            )
+    def _check_range(self, choice: Choice, x: Tensor, stored: Tensor) -> None:
+        """Raises: GGUFError where what is finite in `x` is not so in `stored`: a half, which is
+        also what most blocks' scales are, ends at 65504."""
+        if not bool((lost := x.isfinite() & ~stored.isfinite()).any()):
+            return
+        raise GGUFError(
+            f"{choice.source.path}: tensor {choice.source.name!r} holds "
+            f"{float(x[lost].abs().max())}, which {choice.qtype.name} cannot: add --tensor "
+            f"{choice.name}=BF16"
+        )
 
 
 def _copied(choice: Choice) -> bool:

@@ -234,6 +234,23 @@ def test_what_f16_cannot_hold_is_told(tmp_path):
         make(tmp_path / "a.safetensors", tmp_path / "a.gguf", T.F16)
 
 
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize("qtype", [T.F16, T.Q8_0, T.Q4_1, T.Q2_K, T.Q6_K])
+def test_a_weight_too_large_for_a_blocks_scale_is_told(tmp_path, qtype, measure):
+    """ggml writes an infinite scale, and the block is NaN in every picture."""
+    x = torch.randn(64, 256)
+    x[3, 5], x[60, 5] = 1e9, float("nan")
+    save_file({"blk.weight": x}, tmp_path / "a.safetensors")
+    options = Options(allow_nonfinite=True, measure=measure)
+    with pytest.raises(GGUFError, match=rf"'blk.weight' holds 1\d*.0, which {qtype.name} cannot"):
+        make(tmp_path / "a.safetensors", tmp_path / "a.gguf", qtype, options=options)
+    x[3, 5] = 1e5 if qtype is not T.F16 else 6e4
+    x[60, 5] = 0
+    save_file({"blk.weight": x}, tmp_path / "a.safetensors")
+    make(tmp_path / "a.safetensors", tmp_path / "a.gguf", T.Q8_0, options=options)
+    assert weights(GGUFFile(tmp_path / "a.gguf"), "blk.weight").isfinite().all()
+
+
 def test_interrupt_leaves_the_old_file(tmp_path, source):
     def stop(done, total, name):
         if done > total // 2:
