@@ -27,6 +27,7 @@ from .types import PLAIN_TYPES
 LADDER = (T.Q2_K, T.Q3_K, T.Q4_0, T.Q4_K, T.Q5_0, T.Q5_K, T.Q6_K, T.Q8_0)
 SAMPLE = 2**18  # weights of a tensor that are measured, in runs of rows spread over it
 _RUNS = 8
+_WORST = 1e300  # a squared error
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Point = tuple[int, float, T]  # bytes, squared error, type
 Progress = Callable[[int, int, str], None]
@@ -43,7 +44,7 @@ def parse_budget(text: str) -> Callable[[Plan], int]:
         raise GGUFError(
             f"{text!r} is no budget: give a size, as 1.8GB, or bits a weight, as 4.5bpw"
         )
-    number = float(match[1])
+    number = min(float(match[1]), 1e15)  # infinity is no number of bytes
     if unit == "BPW":
         return lambda plan: int(number * sum(c.source.numel for c in plan.choices) / 8)
     return lambda plan: int(number * _UNITS[unit])
@@ -121,7 +122,7 @@ def _slope(first: Point, second: Point) -> float:
 def _measure(choice: Choice, weight: Tensor | None) -> list[Point]:
     """The point of each type that the matrix can have."""
     source = choice.source
-    x = _sample(choice)
+    x = _sample(choice).nan_to_num(0.0, 0.0, 0.0)  # which `convert` refuses, or writes so
     scale = source.numel / max(1, x.numel())
     points = []
     for qtype in _candidates(choice):
@@ -131,6 +132,7 @@ def _measure(choice: Choice, weight: Tensor | None) -> list[Point]:
             y = dequantize(quantize(x, qtype, weight), qtype, tuple(x.shape))
         squares = (x - y).double().square()
         error = float((squares if weight is None else squares * weight.double()).sum()) * scale
+        error = error if error < _WORST else _WORST  # NaN: weights too large for the type
         points.append((replace(choice, qtype=qtype).nbytes, error, qtype))
     return points
 

@@ -156,6 +156,19 @@ def test_budget_and_importance(run, tmp_path, source):
     assert done.returncode == 1 and "not a GGUF file but safetensors" in done.stderr
 
 
+def test_a_budget_tells_of_nonfinite_weights_as_types_do(run, tmp_path):
+    tensors = {"blk.weight": torch.randn(64, 256), "huge.weight": torch.full((64, 256), 1e9)}
+    tensors["blk.weight"][3, 5] = float("inf")
+    save_file(tensors, tmp_path / "a.safetensors")
+    given = ("convert", tmp_path / "a.safetensors", tmp_path / "a.gguf", "--budget")
+    done = run(*given, "7bpw")
+    assert done.returncode == 1 and "a.safetensors: tensor 'blk.weight' holds 1 NaN" in done.stderr
+    done = run(*given, "13bpw", "--allow-nonfinite", "--tensor", "huge.*=BF16")
+    assert done.returncode == 0 and "row 3 on: stored as 0" in done.stdout
+    done = run(*given, "9" * 400 + "GB", "--allow-nonfinite")
+    assert done.returncode == 1 and "add --tensor huge.weight=BF16" in done.stderr
+
+
 def test_half_a_report_is_enough(source):
     """`… | head -1` closes the pipe early."""
     command = f"{sys.executable} -m quant inspect {source} --tensors | head -1"
