@@ -85,14 +85,16 @@ def check_destination(plan: Plan, path: Path, size: int | None = None) -> None:
     size: of all tensors in bytes, None for the plan's.
     """
     folder = path.parent
-    if path.is_dir():
+    if os.path.isdir(path):
         raise GGUFError(f"{path}: a folder: name a file in it")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise GGUFError(f"{path}: there is no folder {folder}: make it first")
     for source in plan.source.files:
-        if path.exists() and os.path.samefile(path, source):
+        if os.path.exists(path) and os.path.samefile(path, source):
             raise GGUFError(f"{path}: is the source itself: choose another name")
-    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if path.suffix.lower() != ".gguf" or (os.path.exists(path) and not os.path.isfile(path)):
+        raise GGUFError(f"{path}: not a .gguf file: name one, since loaders go by that ending")
+    if not os.access(folder, os.W_OK) or (os.path.exists(path) and not os.access(path, os.W_OK)):
         raise GGUFError(f"{path}: cannot be written: change its permissions, or the folder's")
     needed = _HEADER_ROOM + (plan.nbytes if size is None else size)
     free = shutil.disk_usage(folder).free

@@ -99,7 +99,7 @@ def write_gguf(
     except (GGUFError, OverflowError, UnicodeEncodeError) as error:
         raise GGUFError(f"{path}: {error}") from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it is not there, or its name cannot be
             temporary.unlink()
 
 

@@ -162,12 +162,15 @@ def test_five_dimensions_and_odd_names_come_back(tmp_path):
 def test_destination_is_checked_before_any_work(tmp_path, source, monkeypatch):
     path, _ = source
     (tmp_path / "link.gguf").symlink_to(path)
+    (tmp_path / "other.safetensors").write_bytes(b"a model that somebody wants to keep")
     monkeypatch.setattr("fewstep.quant.convert.write_gguf", None)  # would fail if it came so far
     for target, message in {
         path: "is the source itself",
         tmp_path / "link.gguf": "is the source itself",
         tmp_path: "a folder",
         tmp_path / "absent" / "a.gguf": "no folder",
+        tmp_path / "other.safetensors": "not a .gguf file",
+        Path(os.devnull): "not a .gguf file",
     }.items():
         with pytest.raises(GGUFError, match=message):
             make(path, target)
@@ -179,6 +182,21 @@ def test_destination_is_checked_before_any_work(tmp_path, source, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: disk)
     with pytest.raises(GGUFError, match=r"takes .* MB, but only 1 kB are free"):
         make(path, tmp_path / "a.gguf")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_only_a_file_is_replaced(tmp_path, source):
+    os.mkfifo(tmp_path / "pipe.gguf")
+    with pytest.raises(GGUFError, match=r"pipe\.gguf: not a \.gguf file"):
+        make(source[0], tmp_path / "pipe.gguf")
+    assert (tmp_path / "pipe.gguf").is_fifo()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows tells of long names in its own way")
+@pytest.mark.parametrize("length", [250, 300])
+def test_names_too_long_are_told(tmp_path, source, length):
+    with pytest.raises(GGUFError, match=r"gguf: .*[Ff]ile name too long"):
+        make(source[0], tmp_path / ("x" * (length - 5) + ".gguf"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
