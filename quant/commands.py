@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from .architectures import ARCHITECTURES
@@ -29,6 +30,8 @@ def run_convert(options: argparse.Namespace) -> None:
     source = open_source(options.source)
     if options.lora:
         source = bake(source, options.lora, options.prefix)
+    if options.importance:
+        source = replace(source, files=(*source.files, options.importance))
     _check_plot(options.plot)
     plan = make_plan(source, _recipe(options), options.tensor, options.arch, options.prefix)
     work = Options(
@@ -105,23 +108,28 @@ def run_types(options: argparse.Namespace) -> None:
 
 
 def _check_plot(path: str | None) -> None:
-    """Raises: GGUFError, before the work, where the plot could not be drawn after it."""
+    """Raises: GGUFError, before the work, where the plot could not be drawn after it, or might
+    take a model's place."""
     if path is None:
         return
     pillow()
     folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder) or os.path.isdir(path):
+    if not path or not os.path.isdir(folder) or os.path.isdir(path):
         raise GGUFError(f"{path}: not a file in a folder that there is")
+    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
+        raise GGUFError(f"{path}: cannot be written: change its permissions, or the folder's")
+    if path.lower().endswith((".gguf", ".safetensors", ".sft")):
+        raise GGUFError(f"{path}: named as a model: give the plot a name of its own, as cost.png")
 
 
 def _show(report: Report, options: argparse.Namespace) -> None:
-    """Print the report as asked, and draw it."""
-    if options.plot:
-        draw(report, options.plot)
+    """Print the report as asked, and draw it: the disk may be full, the report is dear."""
     if options.json:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
         print(report.text(options.tensors))
+    if options.plot:
+        draw(report, options.plot)
 
 
 def _progress(quiet: bool):

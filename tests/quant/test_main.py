@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fewstep.flow import preset_from_metadata
-from fewstep.quant import GGUFFile, write_gguf
+from fewstep.quant import GGUFError, GGUFFile, write_gguf
 from fewstep.quant.__main__ import main
 from fewstep.tests.quant import models
 from PIL import Image
@@ -100,6 +100,10 @@ def test_mistakes_are_one_line_without_traceback(run, tmp_path, source):
     out = tmp_path / "out.gguf"
     absent = run("compare", source, source, "--plot", tmp_path / "absent" / "a.png")
     assert absent.returncode == 1 and "not a file in a folder" in absent.stderr
+    before = source.read_bytes()
+    model = run("compare", source, source, "--plot", source)
+    assert model.returncode == 1 and "named as a model" in model.stderr
+    assert source.read_bytes() == before
     cases = {
         "No such file": (tmp_path / "absent.safetensors", out),
         "a pickle": (tmp_path / "a.ckpt", out),
@@ -112,6 +116,25 @@ def test_mistakes_are_one_line_without_traceback(run, tmp_path, source):
         assert (done.returncode, done.stdout) == (1, "")
         assert message in done.stderr and done.stderr.count("\n") == 1
     assert not out.exists()
+
+
+def test_a_plot_that_fails_leaves_the_report(run, tmp_path, source, monkeypatch):
+    def full(report, path):
+        raise GGUFError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr("fewstep.quant.commands.draw", full)
+    given = ("convert", source, tmp_path / "a.gguf", "--type", "Q8_0")
+    done = run(*given, "--plot", tmp_path / "a.png")
+    assert done.returncode == 1 and "No space left" in done.stderr
+    assert "bits a weight" in done.stdout and (tmp_path / "a.gguf").exists()
+
+
+def test_the_importance_file_is_not_replaced(run, tmp_path, source):
+    matrix, name = tmp_path / "i.gguf", "joint_blocks.0.x_block.attn.qkv.weight"
+    sums = [(name + ".in_sum2", torch.rand(1, 256)), (name + ".counts", torch.ones(1, 1))]
+    write_gguf(matrix, "imatrix", {}, sums)
+    done = run("convert", source, matrix, "--type", "Q8_0", "--importance", matrix)
+    assert done.returncode == 1 and "is the source itself" in done.stderr
 
 
 def test_wrong_usage_shows_what_there_is(run):
