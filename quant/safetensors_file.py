@@ -87,8 +87,9 @@ def _scaled(tensors: dict[str, StoredTensor], weight: StoredTensor) -> StoredTen
     scales = [tensors[layer + suffix] for suffix in SCALES if layer + suffix in tensors]
     if not scales:
         return weight
-    scale, sizes = scales[0], {1, *weight.shape[:-1][:1]}  # one for all, or one a row
-    if weight.label not in FP8 or scale.numel not in sizes:
+    scale, rows = scales[0], weight.shape[:-1][:1]  # one for all, or one a row; not one a block
+    by_row = scale.shape[:1] == rows and scale.numel == math.prod(rows)
+    if weight.label not in FP8 or not (scale.numel == 1 or by_row):
         raise GGUFError(
             f"{weight.path}: tensor {weight.name!r} is {weight.label} with a scale of shape "
             f"{scale.shape}, a packing that cannot be read: get the fp16 or bf16 file"

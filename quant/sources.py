@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from . import sniff
 from .errors import GGUFError
 from .header import DTYPES as ARRAY_DTYPES
 from .reader import ORIG_SHAPE, GGUFFile
-from .safetensors_file import join_scales, read_header
+from .safetensors_file import BESIDE, MARKER, join_scales, read_header
 from .stored import StoredTensor, block_decoder, plain_decoder
 from .types import PLAIN_TYPES
 
@@ -22,6 +22,7 @@ _SHARD = re.compile(
     r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<end>\.safetensors|\.sft)"
 )
 _INDEX = ".safetensors.index.json"
+_SHOWN = 10  # missing shards that are named
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # Fields of a GGUF file that describe its own bytes, not the model.
 _OF_THE_FILE = ("general.architecture", "general.file_type", "general.quantization_version",
@@ -66,7 +67,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         )
     head = _head(path)
     if path.endswith(_INDEX) or (path.endswith(".json") and head.startswith(b"{")):
-        return _from_shards(path, _indexed(path))
+        names = _indexed(path)
+        return _from_shards(path, _beside(path, names.values()), names)
     if head.startswith(b"GGUF"):
         return _from_gguf(path)
     if (match := _SHARD.fullmatch(path)) is not None:
@@ -86,26 +88,33 @@ def _head(path: str) -> bytes:
         raise GGUFError(f"{path}: {error.strerror or error}") from error
 
 
-def _indexed(path: str) -> list[str]:
-    """The shards that an index file names, beside it."""
+def _indexed(path: str) -> dict[str, str]:
+    """An index file's own: tensor -> its shard's name."""
     try:
-        names = json.loads(Path(path).read_bytes())["weight_map"].values()
-        shards = sorted({os.path.basename(name) for name in names})
+        names = json.loads(Path(path).read_bytes())["weight_map"]
+        return {name: os.path.basename(shard) for name, shard in names.items()}
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise GGUFError(f"{path}: not the index of a sharded model: download it again") from error
-    return [os.path.join(os.path.dirname(path), name) for name in shards]
+
+
+def _beside(path: str, names: Iterable[str]) -> list[str]:
+    return [os.path.join(os.path.dirname(path), name) for name in sorted(set(names))]
 
 
 def _numbered(match: re.Match[str]) -> list[str]:
     count = int(match["count"])
+    if not 0 < int(match["number"]) <= count:
+        raise GGUFError(f"{match[0]}: no shard has this number: download the model again")
     numbers = (f"{match['stem']}-{n:05}-of-{count:05}{match['end']}" for n in range(1, count + 1))
     return list(numbers)
 
 
-def _from_shards(path: str, shards: list[str]) -> Source:
-    missing = [os.path.basename(shard) for shard in shards if not os.path.exists(shard)]
+def _from_shards(path: str, shards: list[str], names: Iterable[str] = ()) -> Source:
+    """names: tensors that must be in one of the shards."""
+    missing = [os.path.basename(shard) for shard in shards if not os.path.isfile(shard)]
     if missing:
-        raise GGUFError(f"{path}: shards are missing beside it: {', '.join(missing)}: get them all")
+        told = ", ".join(missing[:_SHOWN] + ["…"] * (len(missing) > _SHOWN))
+        raise GGUFError(f"{path}: shards are missing beside it: {told}: get them all")
     tensors: dict[str, StoredTensor] = {}
     texts: dict[str, str] = {}
     for shard in shards:
@@ -114,6 +123,9 @@ def _from_shards(path: str, shards: list[str]) -> Source:
             raise GGUFError(f"{shard}: tensor {min(twice)!r} is in another shard too")
         tensors |= part
         texts |= said
+    for name in names:
+        if name not in tensors and not name.endswith((*BESIDE, MARKER)):
+            raise GGUFError(f"{path}: tensor {name!r} is in none of its shards: get them all anew")
     return Source(path, join_scales(tensors), tuple(shards), _metadata_from_texts(texts))
 
 

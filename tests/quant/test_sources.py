@@ -83,6 +83,31 @@ def test_shards_are_one_model(tmp_path, face):
             open_source(path)
 
 
+@pytest.mark.parametrize("shape", [(1, 6), (2, 3), (3, 2)])
+def test_a_scale_for_each_block_is_refused(tmp_path, shape):
+    """Even where there are as many as rows."""
+    tensors = {"l.weight": torch.randn(6, 32).to(FP8), "l.weight_scale": torch.rand(shape)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(GGUFError, match=r"'l.weight' is F8_E4M3 with a scale of shape"):
+        open_source(tmp_path / "a.safetensors")
+
+
+def test_an_incomplete_set_of_shards_is_told(tmp_path):
+    shard = tmp_path / "m-00001-of-00001.safetensors"
+    save_file({"a.weight": torch.ones(2, 2)}, shard)
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.weight": shard.name, "b.weight": shard.name}}))
+    with pytest.raises(GGUFError, match=r"'b\.weight' is in none of its shards"):
+        open_source(index)
+    shard.rename(tmp_path / "m-00002-of-00001.safetensors")
+    with pytest.raises(GGUFError, match="no shard has this number"):
+        open_source(tmp_path / "m-00002-of-00001.safetensors")
+    (tmp_path / "m-00002-of-00001.safetensors").rename(tmp_path / "m-00001-of-99999.safetensors")
+    with pytest.raises(GGUFError, match="m-00002-of-99999") as caught:
+        open_source(tmp_path / "m-00001-of-99999.safetensors")
+    assert len(str(caught.value)) < 1000
+
+
 def test_gguf_keeps_what_describes_the_model(tmp_path):
     fields = {"general.name": "x", "fewstep.cfg": 1.0, "general.file_type": 7, "ids": [1, 2]}
     write_gguf(tmp_path / "a.gguf", "flux", fields, [("a", torch.ones(2, 3, 1, 1, 2))])
