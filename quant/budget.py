@@ -28,7 +28,7 @@ LADDER = (T.Q2_K, T.Q3_K, T.Q4_0, T.Q4_K, T.Q5_0, T.Q5_K, T.Q6_K, T.Q8_0)
 SAMPLE = 2**18  # weights of a tensor that are measured, in runs of rows spread over it
 _RUNS = 8
 _WORST = 1e300  # a squared error
-_UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Point = tuple[int, float, T]  # bytes, squared error, type
 Progress = Callable[[int, int, str], None]
 
@@ -62,18 +62,18 @@ def fit(
     """
     free = [choice for choice in plan.choices if choice.free]
     fixed = sum(choice.nbytes for choice in plan.choices if not choice.free)
+    least = fixed + sum(_least(choice) for choice in free)
+    if least > budget:
+        raise GGUFError(
+            f"{plan.source.path}: a budget of {size_text(budget)} is too small: the smallest types "
+            f"take {size_text(least)}, {size_text(fixed)} of it in tensors that are kept"
+        )
     hulls = {}
     for done, choice in enumerate(free):
         weight = (importance or {}).get(choice.name)
         hulls[choice.name] = hull(_measure(choice, weight))
         if progress is not None:
             progress(done + 1, len(free), f"measuring {choice.name}")
-    least = fixed + sum(points[0][0] for points in hulls.values())
-    if least > budget:
-        raise GGUFError(
-            f"{plan.source.path}: a budget of {size_text(budget)} is too small: the smallest types "
-            f"take {size_text(least)}, {size_text(fixed)} of it in tensors that are kept"
-        )
     taken = spend(hulls, budget - least)
     choices = tuple(
         replace(choice, qtype=hulls[choice.name][taken[choice.name]][2], why="by budget")
@@ -135,6 +135,11 @@ def _measure(choice: Choice, weight: Tensor | None) -> list[Point]:
         error = error if error < _WORST else _WORST  # NaN: weights too large for the type
         points.append((replace(choice, qtype=qtype).nbytes, error, qtype))
     return points
+
+
+def _least(choice: Choice) -> int:
+    """Bytes in the smallest type that the matrix can have."""
+    return min(replace(choice, qtype=qtype).nbytes for qtype in _candidates(choice))
 
 
 def _candidates(choice: Choice) -> list[T]:
