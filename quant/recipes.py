@@ -94,7 +94,7 @@ RECIPES: dict[str, Recipe] = {
     for recipe in (
         Recipe("flash-16", "16 bits throughout, as the source has them", None),
         Recipe("flash-8", "8 bits, looks the same", T.Q8_0, file_type=LlamaFileType.MOSTLY_Q8_0),
-        Recipe("flash-6", "6 bits, the paper's smallest", T.Q6_K,
+        Recipe("flash-6", "6 bits, hardly to be told apart", T.Q6_K,
                file_type=LlamaFileType.MOSTLY_Q6_K),
         Recipe("flash-4", "4 bits, with 5 and 6 where errors add up (our guess)", T.Q4_K,
                (Rule("value", "all", T.Q6_K), Rule("qkv", "all", T.Q5_K),
