@@ -46,10 +46,10 @@ def quantize_model(
     plan = make_plan(source, BY_BUDGET if room else recipe_or_type(recipe))
     check_importance(plan, weighing)
     progress = _progress()
+    options = Options(progress=progress, importance=weighing, effort=effort)
     if room:
         check_destination(plan, destination, size=0)
         plan = fit(plan, room(plan), weighing, progress)
-    options = Options(progress=progress, importance=weighing, effort=effort)
     report = convert(plan, destination, options=options)
     report.title = report.title.replace(str(destination), in_output(destination))
     return report

@@ -34,7 +34,8 @@ _HEADER_ROOM = 2**20  # bytes kept free besides the tensors and the fields
 class Options:
     """measure: compare what is written with the source.
 
-    importance: new name -> (cols,) float32, and effort: see `quantize`.
+    importance: new name -> (cols,) float32, and effort: see `quantize`. started: when the work
+    that the report times began; make the options before `fit`, and its measuring counts.
     """
 
     allow_nonfinite: bool = False
@@ -42,6 +43,7 @@ class Options:
     progress: Progress | None = None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     effort: str = EFFORTS[0]
+    started: float = field(default_factory=time.monotonic)
 
 
 def convert(
@@ -61,7 +63,6 @@ def convert(
     path = Path(destination)
     check_destination(plan, path)
     check_importance(plan, options.importance)
-    started = time.monotonic()
     rows: dict[str, Row] = {}
     kind = {"general.type": plan.architecture.kind} if plan.architecture.kind else {}
     fields = {**plan.source.metadata, **kind, **(metadata or {})}
@@ -75,7 +76,7 @@ def convert(
         rows=list(rows.values()),
         notes=[*plan.notes, *work.notes],
         source_size=sum(choice.source.nbytes for choice in plan.choices),
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - options.started,
     )
 
 

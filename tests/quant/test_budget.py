@@ -1,6 +1,7 @@
 """A budget is kept, spent where it saves the most error, and refused where nothing fits."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -42,6 +43,13 @@ def test_budget_is_kept_and_spent(plan, bits, tmp_path):
         assert set(types.values()) == {T.BF16}
     report = convert(made, tmp_path / "a.gguf")
     assert report.size <= room + 2**14  # the header
+
+
+def test_time_spent_measuring_is_told(plan, tmp_path):
+    options = Options(measure=False)
+    made = fit(plan, parse_budget("6bpw")(plan))
+    since = time.monotonic() - options.started
+    assert convert(made, tmp_path / "a.gguf", options=options).seconds >= since > 0
 
 
 def test_more_room_means_less_error(plan, tmp_path):
