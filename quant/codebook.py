@@ -92,6 +92,10 @@ def codebook(qtype: T, device: torch.device) -> Codebook:
 
 @cache
 def make_codebook(qtype: T, distances: int, device: torch.device) -> Codebook:
+    if device.type != "cpu":
+        book = make_codebook(qtype, distances, torch.device("cpu"))
+        tensors = (book.rows, book.index, book.near, book.count)
+        return Codebook(*(t.to(device) for t in tensors), book.levels)
     values = grid_rows(qtype.name)
     ranks, dim = values.unique(), values.shape[1]
     rows, levels = torch.searchsorted(ranks, values).int(), len(ranks)
@@ -106,7 +110,7 @@ def make_codebook(qtype: T, distances: int, device: torch.device) -> Codebook:
     count = 1 + (steps < distances).sum(1)
     place = torch.arange(int(count.max())).minimum((count - 1).unsqueeze(1))
     near = order.gather(1, place).int()
-    return Codebook(*(t.to(device) for t in (rows, index, near, count)), levels)
+    return Codebook(rows, index, near, count, levels)
 
 
 def rows_of(

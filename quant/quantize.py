@@ -22,6 +22,7 @@ from .types import PLAIN_TYPES, QTYPES, find_type
 log = logging.getLogger(__name__)
 
 _TILE = 2**22  # weights in flight; the torch formulation holds a dozen copies of them
+_EXACT_DEVICES = ("cpu", "cuda")  # others may lack float64, which roundings need
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _T = GGMLQuantizationType
 # Types whose error ggml weighs by the mean square of the whole row, not of a super-block.
@@ -59,6 +60,9 @@ def quantize(
         )
     block_size, type_size = GGML_QUANT_SIZES[qtype]
     out = _output(out, (len(x), x.shape[1] // block_size * type_size), x.device)
+    if qtype not in PLAIN_TYPES and x.device.type not in _EXACT_DEVICES:
+        importance = None if importance is None else importance.cpu()
+        return out.copy_(quantize(x.cpu(), qtype, importance, effort))
     kernels, whole = _kernels_for(x, qtype), x
     if kernels is None and not all_finite(x):
         raise _nonfinite(x, qtype)

@@ -12,6 +12,8 @@ _INT_TO_MANTISSA = 12582912.0  # 1.5 · 2^23: the sum's lowest bits are the inte
 
 def nearest_int(x: Tensor) -> Tensor:
     """int32: half to even for |x| < 2^22, and what ggml's bit trick yields for all other floats."""
+    if not x.is_cpu:  # NaN, which yields 0, has other bits on a GPU
+        x = torch.where(x.isnan(), 0.0, x)
     return ((x + _INT_TO_MANTISSA).view(torch.int32) & 0x007FFFFF) - 0x00400000
 
 

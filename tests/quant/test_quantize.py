@@ -12,6 +12,7 @@ import pytest
 import torch
 from fewstep import quant
 from fewstep.quant import QTYPES, GGUFError, dequantize, writable_types
+from fewstep.tests.quant.elsewhere import Elsewhere
 
 T = gguf.GGMLQuantizationType
 GOLDEN = Path(__file__).parents[1] / "golden" / "quantize.npz"
@@ -94,6 +95,42 @@ def test_bytes_equal_ggml(formulation, golden, qtype, name):
     part = None if importance is None else importance[:size]
     one_block = quantize(x[:1, :size], qtype, part)
     assert one_block.numpy().tobytes() == golden[f"{qtype.name}/{name}/one block"].tobytes()
+
+
+GPU = torch.device("cuda", 99)  # none that there is: tables are kept for each device
+MPS = torch.device("mps")
+
+
+@EVERY_BLOCK
+@pytest.mark.parametrize(
+    "mode", [Elsewhere(GPU), Elsewhere(MPS, float64=False)], ids=lambda mode: mode.device.type
+)
+def test_any_device_writes_the_same_bytes(qtype, mode):
+    """And mixes no tensor of the CPU in. Half of the weights are zero, as some quotients then."""
+    x, importance = gaussian(2, 256, seed=int(qtype)), torch.rand(256)
+    x[1] = 0
+    for given in [importance] + [None] * (qtype not in NEED_IMPORTANCE):
+        for name in effort.EFFORTS if qtype in effort.TYPES else effort.EFFORTS[:1]:
+            want = quant.quantize(x, qtype, given, name)
+            with mode:
+                moved = None if given is None else given.to(mode.device)
+                got = quant.quantize(x.to(mode.device), qtype, moved, name)
+                assert got.device == mode.device
+                got = got.cpu()
+            assert torch.equal(got, want)
+
+
+def test_the_device_that_is_none_refuses_what_a_gpu_would():
+    with Elsewhere(GPU):
+        there, here = torch.zeros(3, device=GPU), torch.ones(3)
+        assert (there + 1).device == GPU and (there + torch.tensor(1.0)).cpu().is_cpu
+        for mixed in (lambda: there + here, lambda: here.add_(there), there.numpy):
+            with pytest.raises(RuntimeError, match="cuda:99"):
+                mixed()
+    with Elsewhere(MPS, float64=False):
+        there = torch.zeros(3, device=MPS)
+        with pytest.raises(RuntimeError, match="mps has no float64"):
+            there.double()
 
 
 @EVERY_BLOCK
