@@ -136,7 +136,7 @@ ARCHITECTURES = (
         "vae",
         "VAE",
         (("decoder.conv_in.weight",), ("decoder.conv1.weight",), ("decoder.1.weight",),
-         ("taesd_decoder.1.weight",)),
+         ("taesd_decoder.1.weight",), ("decoder.layers.0.weight", "encoder.layers.0.weight")),
         ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."),
     ),
 )  # fmt: skip

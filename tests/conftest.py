@@ -15,6 +15,7 @@ TIERS = {
     "host": "host",
     "nodes": "host",
     "distill": "host",
+    "peers": "host",
     "browser": "browser",
 }  # any other folder is pure
 
@@ -27,6 +28,10 @@ from fewstep import run  # noqa: E402 (there is no fewstep before this line)
 from fewstep.tests import chromium  # noqa: E402
 
 NOT_RUN = pytest.StashKey[int]()  # how many tests of the browser tier were left out
+
+
+def pytest_addoption(parser):
+    parser.addoption("--peer-gguf", type=Path, help="a clone of city96/ComfyUI-GGUF, for peers/")
 
 
 def pytest_collection_modifyitems(config, items):
