@@ -160,6 +160,11 @@ def _architecture(
             f"{source.path}: the tensors have diffusers' names, which GGUF loaders cannot place: "
             "take the model's original file, or load it in ComfyUI and save it with ModelSave"
         )
+    if "transformer.resblocks.0.ln_1.weight" in names:
+        raise GGUFError(
+            f"{source.path}: the tensors have OpenCLIP's names, which GGUF loaders cannot place: "
+            "take its own file (clip_g.safetensors), or save it in ComfyUI with CLIPSave"
+        )
     if source.architecture:
         return Architecture(source.architecture, "the source's own tag", (), UNKNOWN.keep)
     notes.append(

@@ -103,6 +103,14 @@ def test_diffusers_names_are_refused(plan):
         plan(models.names_of("transformer_blocks.0.attn.add_q_proj.weight"), T.Q8_0)
 
 
+def test_open_clips_names_are_refused(plan):
+    """As SDXL's checkpoint has them; whole, it is converted."""
+    prefix, name = "conditioner.embedders.1.model.", "transformer.resblocks.0.ln_1.weight"
+    with pytest.raises(GGUFError, match="OpenCLIP's names"):
+        plan(models.names_of(prefix + name), T.Q8_0, prefix=prefix)
+    assert set(types(plan(models.names_of(prefix + name), T.Q8_0))) == {prefix + name}
+
+
 def test_of_a_checkpoint_the_diffusion_model_is_taken(plan):
     state_dict = {"model.diffusion_model." + name: t for name, t in models.sd3().items()}
     state_dict |= models.names_of("first_stage_model.decoder.conv_in.weight")
