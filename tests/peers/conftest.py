@@ -15,6 +15,7 @@ import sys
 import pytest
 import torch
 from fewstep.quant import GGUFFile, dequantize
+from fewstep.quant.codebook import NEED_IMPORTANCE
 from fewstep.quant.convert import Options, convert
 from fewstep.quant.plan import make_plan
 from fewstep.quant.recipes import recipe_of_type
@@ -69,7 +70,8 @@ def make():
     def convert_to(source, qtype: T, metadata=None, **options):
         target = source.with_name(f"{source.stem}-{qtype.name}.gguf")
         plan = make_plan(open_source(source), recipe_of_type(qtype), **options)
-        even = {choice.name: torch.ones(choice.source.cols) for choice in plan.choices}
+        needed = plan.choices if qtype in NEED_IMPORTANCE else ()
+        even = {choice.name: torch.ones(choice.source.cols) for choice in needed}
         convert(plan, target, metadata, Options(measure=False, importance=even))
         return target
 
