@@ -76,6 +76,19 @@ def test_comfyui_gguf_draws_what_we_draw(exact, write, make, city96, name, qtype
     path.unlink()
 
 
+def test_comfyui_gguf_takes_the_model_out_of_a_checkpoint(exact, write, make, city96):
+    import folder_paths
+
+    shapes, *sizes = MODELS["sd3"]
+    parts = {"model.diffusion_model.": shapes(), "first_stage_model.": published.tae()}
+    whole = {prefix + name: s for prefix, part in parts.items() for name, s in part.items()}
+    path = make(write("checkpoint", lambda: whole), T.Q8_0, prefix="")
+    ours = denoised(loading.load_diffusion_model(str(path)), *sizes)
+    folder_paths.add_model_folder_path("unet", str(path.parent))
+    model = city96("nodes").UnetLoaderGGUF().load_unet(path.name, "float32")[0]
+    assert torch.equal(denoised(model, *sizes), ours)
+
+
 @TYPES
 @pytest.mark.parametrize("name", ["clip_l", "clip_g", "t5xxl"])
 def test_comfyui_gguf_reads_text_encoders(write, make, unpacked, city96, name, qtype):
