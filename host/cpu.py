@@ -20,6 +20,7 @@ import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch
 
+from ..quant import attend
 from ..quant import multiply_few as multiply_blocks
 from .layout import is_gguf
 
@@ -82,8 +83,8 @@ def multiply_few(module: torch.nn.Module, input: torch.Tensor) -> torch.Tensor |
 
 
 class Attention:
-    """The host's `optimized_attention_override` for a model on a CPU: torch's fused attention, in
-    bfloat16 where the CPU has it. The host's own choice there takes twice as long and more.
+    """The host's `optimized_attention_override` for a model on a CPU: a fused attention, torch's or
+    our own, in bfloat16 where the CPU has it. The host's own choice takes twice as long and more.
     """
 
     def __init__(self, model):
@@ -96,10 +97,26 @@ class Attention:
             return default(q, k, v, heads, mask=mask, **options)
         dtype = q.dtype
         if dtype == torch.float32 and multiplies_bfloat16():
+            if mask is None and (attended := by_kernel(q, k, v, heads, **options)) is not None:
+                return attended
             q, k, v = (t.to(torch.bfloat16) for t in (q, k, v))
             if mask is not None and mask.is_floating_point():
                 mask = mask.to(torch.bfloat16)
         return attention_pytorch(q, k, v, heads, mask=mask, **options).to(dtype)
+
+
+def by_kernel(q, k, v, heads, skip_reshape=False, skip_output_reshape=False, **options):
+    """The host's attention by our kernel, where there is one for it; else None."""
+    if options.get("enable_gqa") or options.get("scale") is not None:
+        return None
+    if skip_reshape:  # (pictures, heads, tokens, width)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    else:
+        q, k, v = (t.reshape(len(t), t.shape[1], heads, -1) for t in (q, k, v))
+    attended = attend(q, k, v)
+    if attended is None:
+        return None
+    return attended.transpose(1, 2) if skip_output_reshape else attended.flatten(2)
 
 
 def use_fast_attention(patcher) -> None:

@@ -1,5 +1,6 @@
 """GGUF files and their block formats, in torch, without ComfyUI."""
 
+from .attention import attend
 from .dequant import dequantize, dequantize_rows, multiply_few
 from .errors import GGUFError
 from .quantize import quantize, writable_types
@@ -14,6 +15,7 @@ __all__ = [
     "GGUFFile",
     "QType",
     "TensorInfo",
+    "attend",
     "dequantize",
     "dequantize_rows",
     "multiply_few",

@@ -1,17 +1,17 @@
 """What a dequantising kernel reads of a block and writes of weights, sixteen lanes at a time.
 
 Places count bytes from an array's start, of any alignment; the machine is little-endian, as GGUF
-is. A scalar read is one instruction, `look_up` two (a shuffle of bytes) on x86.
+is. A scalar read is one instruction, `look_up` a shuffle of bytes on x86.
 """
 
 from collections.abc import Callable, Sequence
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
+from .numba_jit import FEATURES
 from .numba_vector import (
     BYTES,
     FLOATS,
@@ -116,7 +116,7 @@ def look_up(values: Sequence[int]) -> Callable:
     @define(looked, INTS, INTS)
     def _(builder, v):
         v = builder.trunc(v, BYTES)
-        if llvm.get_process_triple().startswith("x86_64"):
+        if FEATURES.get("ssse3"):
             kind, name = ir.FunctionType(BYTES, [BYTES, BYTES]), "llvm.x86.ssse3.pshuf.b.128"
             known = builder.module.globals
             shuffle = known[name] if name in known else ir.Function(builder.module, kind, name)

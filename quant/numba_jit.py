@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import llvmlite.binding as llvm
 import numba
 import numpy as np
 
@@ -16,6 +17,10 @@ f4, i4, u1 = np.float32, np.int32, np.uint8
 ZERO, ONE = f4(0.0), f4(1.0)
 TOO_LARGE = f4(2147483648.0)  # for int32
 _MAGIC, _HALF = f4(12582912.0), f4(0.5)
+
+# What the processor has; nothing, where numba is told to compile for another one.
+TOLD = numba.config.CPU_NAME or numba.config.CPU_FEATURES
+FEATURES = {} if TOLD else dict(llvm.get_host_cpu_features())
 
 # numba's cache notices when a kernel's own file changes, but not the files of what it calls, so an
 # update could leave old code in use; nor that the pack goes by another name (ComfyUI's and the

@@ -78,15 +78,32 @@ def test_other_activations_keep_their_type(bfloat16, dtype):
     assert torch.equal(linear(x), wanted)
 
 
-def test_attentions_error_is_that_of_bfloat16(bfloat16):
-    class Model:
-        current_patcher = None
+class Model:
+    current_patcher = None
 
+
+def attention(q, k, v, heads, **options):
+    return cpu.Attention(Model)(attention_sub_quad, q, k, v, heads, **options)
+
+
+@pytest.mark.parametrize("heads", [4, 2])  # of width 32 by torch's kernel, 64 by ours, if there
+@pytest.mark.parametrize("mask", [None, torch.zeros(150, 150)])
+def test_attentions_error_is_that_of_bfloat16(bfloat16, heads, mask):
     q, k, v = torch.randn(3, 2, 150, 128, generator=torch.Generator().manual_seed(2))
-    truth = attention_sub_quad(q.double(), k.double(), v.double(), 4)
-    got = cpu.Attention(Model)(attention_sub_quad, q, k, v, 4)
+    truth = attention_sub_quad(q.double(), k.double(), v.double(), heads)
+    got = attention(q, k, v, heads, mask=mask)
     assert got.dtype == torch.float32
     assert relative_error(got, truth) < ERROR
+
+
+def test_attention_in_the_shapes_that_models_ask_for(bfloat16):
+    q, k, v = torch.randn(3, 2, 150, 128, generator=torch.Generator().manual_seed(2))
+    plain = attention(q, k, v, 2)
+    apart = [t.view(2, 150, 2, 64).transpose(1, 2) for t in (q, k, v)]
+    assert torch.equal(attention(*apart, 2, skip_reshape=True), plain)
+    got = attention(*apart, 2, skip_reshape=True, skip_output_reshape=True)
+    assert torch.equal(got.transpose(1, 2).flatten(2), plain)
+    assert torch.equal(attention(q, k, v.view(2, 150, 2, 64), 2), plain)  # as MMDiT leaves v
 
 
 @pytest.mark.parametrize("qtype", [T.Q6_K, T.Q4_K])

@@ -1,0 +1,36 @@
+"""Attention by a compiled kernel, on the CPUs where torch's own is slow at bfloat16."""
+
+import logging
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Attention of q (pictures, tokens, heads, width) to k and v (pictures, keys, heads, width),
+    float32 on the CPU, in any layout -> like q; None where torch's does as well.
+
+    q, k, v and the probabilities are rounded to bfloat16 once, all sums are in float32: the error
+    against float64 is that of torch's kernel in bfloat16.
+    """
+    (pictures, _, heads, width), fits = q.shape, k.shape == v.shape
+    fits &= k.shape == (pictures, k.shape[1], heads, width) and width % 64 == 0
+    fits &= all(t.is_cpu and t.dtype == torch.float32 for t in (q, k, v))
+    if not fits or torch.compiler.is_compiling() or (module := _kernel()) is None:
+        return None
+    return module.attend(*(t.contiguous() for t in (q, k, v)))
+
+
+@cache
+def _kernel() -> ModuleType | None:
+    """The compiled kernel, if numba is there and the CPU has the instructions."""
+    try:
+        from . import numba_attention
+    except ImportError as error:
+        log.info("attention on the CPU without numba, which may be slower: %s", error)
+        return None
+    return numba_attention if numba_attention.SUPPORTED else None
