@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from . import table
+from . import chart, table
 from .machine import processor
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,7 +70,7 @@ def main() -> None:
     sides = {name: given for name, given in sides.items() if name not in options.leave_out}
     result = {"setting": setting(options), "steps": [], "first": [], "loras": []}
     with tempfile.TemporaryDirectory() as temporary:
-        paths = make_files(options, options.files or temporary)
+        paths = make_files(options, options.files or temporary, options.types)
         if "cpp" in sides:
             sides["cpp"] = tuple(paths[part] for part in ("CLIP-L", "CLIP-G", "VAE"))
         result["rates"] = rates(options)
@@ -83,11 +83,15 @@ def main() -> None:
     stem = options.out / f"speed-{result['setting']['device']}"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(text + "\n")
+    stem.with_suffix(".svg").write_text(chart.bars(result))
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
-    words = lambda text: text.split(",")  # noqa: E731
     parser.add_argument("--peer-gguf", type=Path, help="a clone of city96/ComfyUI-GGUF")
     parser.add_argument("--types", type=words, default=["Q6_K", "Q4_K"])
     runtime_help = "measure the loader's `runtime` too: int8, fp8, mxfp8 or nvfp4"
@@ -104,9 +108,9 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_files(options: argparse.Namespace, folder: str) -> dict[str, str]:
+def make_files(options: argparse.Namespace, folder: str, types: list[str]) -> dict[str, str]:
     worker = Side("fewstep", options.threads)
-    paths = worker(do="files", folder=folder, types=options.types)["paths"]
+    paths = worker(do="files", folder=folder, types=types)["paths"]
     worker.close()
     return paths
 

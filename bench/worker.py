@@ -1,7 +1,7 @@
 """One side of a comparison in a process of its own: it answers a line of JSON with another.
 
     {"do": "load", "file": …}           -> {"wall", "cpu"} seconds
-    {"do": "step", "pixels": 256}       -> the same, of one sampling step
+    {"do": "step", "pixels": 256}       -> the same, of a sampling step; of two with "batch": 2
     {"do": "loras", "count": 4}         -> {} from now on the model has so many rank-16 LoRAs
     {"do": "load_encoder", "file": …}   -> the same
     {"do": "encode", "tokens": 77}      -> the same, of encoding so many words
@@ -71,13 +71,13 @@ class Host:
 
         return seconds(run)
 
-    def step(self, pixels: int) -> dict:
+    def step(self, pixels: int, batch: int = 1) -> dict:
         import comfy.sample
 
         g = torch.Generator().manual_seed(0)
         pooled = {"pooled_output": torch.randn(1, POOLED, generator=g)}
         cond = [[torch.randn(1, TOKENS, WIDTH, generator=g), pooled]]
-        noise = torch.randn(1, 16, pixels // 8, pixels // 8, generator=g)
+        noise = torch.randn(batch, 16, pixels // 8, pixels // 8, generator=g)
 
         def run():
             with torch.inference_mode():

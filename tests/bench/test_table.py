@@ -1,6 +1,8 @@
 """The benchmark's report: what it says of times that are known."""
 
-from fewstep.bench import encode, table
+from xml.etree import ElementTree
+
+from fewstep.bench import chart, encode, growth, table
 
 TURNS = [
     {"fewstep": 1.0, "host": 3.0},
@@ -55,3 +57,38 @@ def test_report_of_a_text_encoder():
         "| gguf-py | 1.4e+03 ms | 350.00 (300.00–400.00) |",
     ):
         assert row in text
+
+
+def drawn(svg):
+    """Words and shapes of a picture, by tag."""
+    found = {}
+    for element in ElementTree.fromstring(svg).iter():
+        found.setdefault(element.tag.rpartition("}")[2], []).append(element)
+    return found
+
+
+def test_bars_are_as_long_as_the_times():
+    told = result() | {"setting": {"processor": "A & B", "threads": 2}}
+    shapes = drawn(chart.bars(told))
+    lengths = [float(bar.get("width")) for bar in shapes["rect"]]
+    assert [round(length / lengths[0], 3) for length in lengths] == [1.0, 4.0]
+    words = [element.text for element in shapes["text"]]
+    assert "FewStep" in words and "4.00 s  (3.00)" in words and "A & B, 2 threads" in words
+
+
+def test_growth_draws_each_side_by_tokens_and_by_batch():
+    def row(pixels, batch, *seconds):
+        turns = [dict(zip(("fewstep", "host"), seconds, strict=True))]
+        return {"pixels": pixels, "batch": batch, "tokens": growth.tokens(pixels), "turns": turns}
+
+    rows = [row(256, 1, 1.0, 2.0), row(512, 1, 4.0, 6.0), row(256, 2, 1.5, 3.0)]
+    by_tokens = growth.series(growth.by_tokens(rows), "tokens")
+    assert by_tokens == {"fewstep": {333: 1.0, 1101: 4.0}, "host": {333: 2.0, 1101: 6.0}}
+    by_batch = growth.series(growth.by_batch(rows), "batch")
+    assert by_batch == {"fewstep": {1: 1.0, 2: 0.75}, "host": {1: 2.0, 2: 1.5}}
+    shapes = drawn(chart.lines("title", "tokens", by_tokens))
+    assert len(shapes["polyline"]) == 2 and len(shapes["circle"]) == 4
+    heights = [float(circle.get("cy")) for circle in shapes["circle"]]
+    assert heights[0] > heights[2] and heights[1] > heights[3]  # less time lies lower
+    text = growth.report({"setting": {"device": "cpu"}, "type": "Q6_K", "rows": rows})
+    assert "| 256² | 2 | 666 | ComfyUI, unquantised | 3.00 s | 2.00 (2.00–2.00) |" in text
