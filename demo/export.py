@@ -113,10 +113,13 @@ def _vae_tensors(vae: nn.Module) -> Iterator[Entry]:
 
 
 @torch.no_grad()
-def export(model: FlowModel, vae: nn.Module, config: ModelConfig, folder: Path) -> list[Path]:
+def export(
+    model: FlowModel, vae: nn.Module, config: ModelConfig, folder: Path, preset: Preset = PRESET
+) -> list[Path]:
     """Write the files below `folder`, each whole or not at all; their paths.
 
-    They are as many as FILES, less T5's for a model without one.
+    They are as many as FILES, less T5's for a model without one. `preset` is what the model's file
+    says of how it is sampled.
     """
     model, vae = model.cpu(), vae.cpu()
     sizes = {
@@ -131,9 +134,9 @@ def export(model: FlowModel, vae: nn.Module, config: ModelConfig, folder: Path) 
     }
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    named = {"general.name": NAME, "general.license": "apache-2.0"}
-    preset = preset_to_metadata(PRESET)
-    write_gguf(paths["mmdit"], "sd3", named | preset, _mmdit_tensors(model.mmdit))
+    named = {"general.name": preset.name, "general.license": "apache-2.0"}
+    sampled = preset_to_metadata(preset)
+    write_gguf(paths["mmdit"], "sd3", named | sampled, _mmdit_tensors(model.mmdit))
     write_gguf(paths["text"], "clip", named | text_metadata, _text_tensors(model))
     write_gguf(paths["vae"], "taesd", named, _vae_tensors(vae))
     if config.t5_pieces:

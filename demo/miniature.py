@@ -8,11 +8,13 @@ import numpy as np
 from torch import Tensor
 
 from ..distill.model import FlowModel
+from ..flow import Preset
 from ..host import modules
 from . import categories, recipe
 from .captions import KINDS, draw_captions
 from .evaluate import contact_sheet, draw_pictures
 from .export import FILES
+from .export import export as write_files
 from .shipped import MODELS, read_weights
 
 SHOWN = 20  # pictures of a sheet
@@ -52,3 +54,6 @@ class Miniature:
         seconds = (time.perf_counter() - start) / captions
         scores = categories.judge(wanted, np.concatenate(pictures), self.vae.taesd_encoder)
         return scores | {"seconds": seconds}
+
+    def export(self, model: FlowModel, preset: Preset, folder: Path) -> list[Path]:
+        return write_files(model, self.vae, model.config, folder, preset)

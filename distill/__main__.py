@@ -1,6 +1,7 @@
 """Distil a few-step model, a stage at a time.
 
-    python -m distill teacher | trajectory | match | split | merge | eval | noise | table
+    python -m distill teacher | trajectory | match | split | merge
+    python -m distill eval | noise | table | export
 
 Each stage reads a configuration (see `distill/configs` and `distill/runs.py`), goes on from its own
 checkpoint after a kill at any moment, and leaves losses and sample sheets in the folder.
@@ -48,6 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     evaluate.add_argument("--steps", type=int, help="default the run's own; a teacher's are 50")
     evaluate.add_argument("--cfg", type=float, help="default the run's own: a student's is 1")
     evaluate.add_argument("--sheet", action="store_true", help="draw a sheet as well")
+    export = commands.add_parser("export", help="a run's GGUF files, with fewstep.* metadata")
+    export.add_argument("name", help="of the run")
+    export.add_argument("--models", required=True, type=Path, help="folder to write below")
     noise = commands.add_parser("noise", help="how noisy the gradient is, shared and random")
     noise.add_argument("--config", default="match")
     noise.add_argument("--name", help="of the run; default the configuration's")

@@ -114,6 +114,14 @@ def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[s
     return scores
 
 
+def export(options: Namespace, dataset: Dataset) -> None:
+    """Write a run's GGUF files, whose metadata say how it is sampled."""
+    model = runs.load_model(options.folder, options.name, dataset)
+    preset = runs.preset_of(options.name, runs.checkpoint(options.folder, options.name)["config"])
+    for path in dataset.export(model, preset, options.models):
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
 def noise(options: Namespace, dataset: Dataset) -> None:
     """Measure a run's gradient with timesteps shared and random, on one student and proxy."""
     for renoise in RENOISE:

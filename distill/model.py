@@ -68,6 +68,7 @@ class FlowModel(nn.Module):
 
     def __init__(self, config: ModelConfig, vocabulary: Sequence[int]):
         super().__init__()
+        self.config = config
         self.text = PromptEncoder(config, vocabulary)
         self.mmdit = modules.build_mmdit(config.depth, config.text_width)
         if config.t5_pieces:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ..flow import check_sigmas, uniform
+from ..flow import Preset, check_sigmas, uniform
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
 from .merge import merge
@@ -47,6 +47,9 @@ class Dataset(Protocol):
         self, model: FlowModel, sigmas: Tensor, cfg: float, captions: int, encoders: str
     ) -> dict[str, float]:
         """Scores by name, "overall" among them."""
+
+    def export(self, model: FlowModel, preset: Preset, folder: Path) -> list[Path]:
+        """Write the model's GGUF files below `folder`; their paths."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,21 @@ def schedule(config: dict[str, Any], steps: int | None = None) -> tuple[Tensor, 
         return uniform(steps or TEACHER_STEPS, SHIFT), GUIDANCE
     own = check_sigmas(config["sigmas"])
     return (own if steps in (None, len(own) - 1) else uniform(steps, SHIFT)), 1.0
+
+
+def preset_of(name: str, config: dict[str, Any]) -> Preset:
+    """How a run's model is sampled, for its file's `fewstep.*` metadata."""
+    sigmas, cfg = schedule(config)
+    return Preset(
+        name=f"fewstep-{name}",
+        label=f"FewStep {name}",
+        steps=len(sigmas) - 1,
+        rows=(tuple(sigmas.tolist()),),
+        shift=SHIFT,
+        cfg=cfg,
+        sure="H",
+        source="this repository: python -m distill",
+    )
 
 
 def load_model(folder: Path, name: str, dataset: Dataset) -> FlowModel:

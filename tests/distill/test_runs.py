@@ -8,7 +8,8 @@ import pytest
 import torch
 from fewstep.distill import commands, runs
 from fewstep.distill.loop import load_checkpoint
-from fewstep.flow import uniform
+from fewstep.flow import preset_from_metadata, preset_to_metadata, uniform
+from fewstep.quant import GGUFFile, write_gguf
 from fewstep.tests.distill import toys
 
 SIZES = {"depth": 1, "text_width": 32, "text_heads": 2, "t5_pieces": 8, "batch": 4, "warmup": 2}
@@ -30,6 +31,13 @@ class Toy:
     def evaluate(self, model, sigmas, cfg, captions, encoders):
         score = model.mmdit.final_layer.linear.weight.norm().item()
         return {"overall": score, "steps drawn": len(sigmas) - 1}
+
+    def export(self, model, preset, folder):
+        folder.mkdir()
+        path = folder / f"{preset.name.removeprefix('fewstep-')}.gguf"
+        weight = model.mmdit.final_layer.linear.weight.detach()
+        write_gguf(path, "sd3", preset_to_metadata(preset), [("final.weight", weight)])
+        return [path]
 
 
 def write(folder, name, stage, settings, **others):
@@ -101,6 +109,17 @@ def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():
     sigmas, cfg = runs.schedule({"stage": "teacher"})
     assert len(sigmas) == 51 and cfg == 3.0
     assert torch.equal(runs.schedule({"stage": "teacher"}, 4)[0], uniform(4, 3.0))
+
+
+def test_a_runs_files_say_how_it_is_sampled(folder, capsys):
+    run_all(folder)
+    commands.export(Namespace(folder=folder, name="second", models=folder / "models"), Toy())
+    file = GGUFFile(str(folder / "models" / "second.gguf"))
+    preset = preset_from_metadata(file.metadata)
+    assert (preset.name, preset.steps, preset.cfg) == ("fewstep-second", 4, 1.0)
+    expected = torch.tensor(runs.read_run(folder / "second.json").settings.sigmas)
+    assert torch.equal(preset.sigmas(), expected)
+    assert "second.gguf: 0.0 MB" in capsys.readouterr().out
 
 
 def test_dry_run_tells_and_saves_nothing(folder, capsys):
