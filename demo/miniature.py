@@ -15,6 +15,7 @@ from .captions import KINDS, draw_captions
 from .evaluate import contact_sheet, draw_pictures
 from .export import FILES
 from .export import export as write_files
+from .prompts import PIECES
 from .shipped import MODELS, read_weights
 
 SHOWN = 20  # pictures of a sheet
@@ -26,6 +27,8 @@ class Miniature:
     def __init__(self, folder: Path, models: Path = MODELS):
         self.code = recipe.latent_code(folder)
         self.vocabulary = sorted(recipe.vocabulary())
+        words = [piece.removeprefix("▁") for piece in PIECES]
+        self.widths = [1, 1, 1, *(len(modules.token_ids(word)) for word in words[3:])]
         self.vae = modules.build_taesd(recipe.DECODER_GAIN).eval().requires_grad_(False)
         self.vae.load_state_dict(read_weights(models / FILES["vae"]))
 

@@ -1,6 +1,6 @@
 """Distil a few-step model, a stage at a time.
 
-    python -m distill teacher | trajectory | match | split | merge
+    python -m distill align | teacher | trajectory | match | split | merge
     python -m distill eval | noise | table | export
 
 Each stage reads a configuration (see `distill/configs` and `distill/runs.py`), goes on from its own
@@ -20,6 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in {
+        "align": "a new T5 learns what CLIP-L says, before it learns more from flow matching",
         "teacher": "flow matching, with encoder dropout",
         "trajectory": "stage 1: regress onto the teacher's integrals between the student's steps",
         "match": "stage 2: distribution matching, timesteps shared or random, adversarial heads",

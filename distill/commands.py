@@ -24,7 +24,7 @@ def train(options: Namespace, dataset: Dataset) -> None:
     _train(run, options, dataset)
 
 
-teacher = trajectory = match = train
+align = teacher = trajectory = match = train
 
 
 def split(options: Namespace, dataset: Dataset) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from ..flow import Preset, check_sigmas, uniform
+from .align import AlignTask
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
 from .merge import merge
@@ -28,7 +29,13 @@ from .trajectory import TrajectoryConfig, TrajectoryTask
 from .watch import Watch
 
 CONFIGS = Path(__file__).parent / "configs"
-SETTINGS = {"teacher": TeacherConfig, "trajectory": TrajectoryConfig, "match": MatchConfig}
+SETTINGS = {
+    "align": TeacherConfig,
+    "teacher": TeacherConfig,
+    "trajectory": TrajectoryConfig,
+    "match": MatchConfig,
+}
+TEACHERS = ("align", "teacher")
 TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 3.0  # with which a teacher is drawn
 
 
@@ -36,6 +43,7 @@ class Dataset(Protocol):
     """What there is to learn, and how well it was learned."""
 
     vocabulary: Sequence[int]  # CLIP ids of every word
+    widths: Sequence[int]  # CLIP ids for each piece of T5's vocabulary; 1 for special ones
 
     def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
         """Batch number `index`: latents (size, 16, h, w) and prompts (size, encoders, 77)."""
@@ -99,9 +107,13 @@ def read_run(config: str | Path, name: str | None = None, changes: Sequence[str]
 def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task:
     """The task of a run, as it starts. Raises: FileNotFoundError for a run that it starts from."""
     settings = run.settings
-    if run.stage == "teacher":
+    if run.stage in TEACHERS:
         data = _data(dataset, settings, settings.encoders)
-        task = TeacherTask(settings, dataset.vocabulary, data, device)
+        given = (settings, dataset.vocabulary, data, device)
+        if run.stage == "align":
+            task = AlignTask(*given, widths=dataset.widths)
+        else:
+            task = TeacherTask(*given)
         if run.start:
             task.start_from(checkpoint(folder, run.start)["task"]["ema"])
         return task
@@ -168,7 +180,7 @@ def schedule(config: dict[str, Any], steps: int | None = None) -> tuple[Tensor, 
 
     A student that is asked for other `steps` gets uniform ones of the same shift as a teacher's.
     """
-    if config["stage"] == "teacher":
+    if config["stage"] in TEACHERS:
         return uniform(steps or TEACHER_STEPS, SHIFT), GUIDANCE
     own = check_sigmas(config["sigmas"])
     return (own if steps in (None, len(own) - 1) else uniform(steps, SHIFT)), 1.0
@@ -193,7 +205,7 @@ def load_model(folder: Path, name: str, dataset: Dataset) -> FlowModel:
     """The averaged weights of a run, for drawing. Raises: FileNotFoundError for one not trained."""
     state = checkpoint(folder, name)
     config = state["config"]
-    if config["stage"] != "teacher":
+    if config["stage"] not in TEACHERS:
         model = load_model(folder, config["teacher"], dataset)
         model.mmdit.load_state_dict(state["task"]["weights"])
         return model

@@ -19,7 +19,7 @@ STUDENT = {"batch": 4, "warmup": 2}
 class Toy:
     """A data set whose every picture is a gray square, and whose score is a weight's size."""
 
-    vocabulary = tuple(toys.WORDS)
+    vocabulary, widths = tuple(toys.WORDS), (1,) * 8
 
     def batch(self, size, encoders, index):
         latents, tokens = toys.data(index, size)
@@ -58,6 +58,15 @@ def options(folder, name, command, **others):
     given = {"command": command, "config": folder / f"{name}.json", "name": None, "set": []}
     rest = {"dry_run": False, "folder": folder, "device": "cpu", "sheet_minutes": 0.0}
     return Namespace(**given, **rest, **others)
+
+
+def test_aligns_before_the_teacher(folder):
+    write(folder, "align", "align", SIZES)
+    commands.train(options(folder, "align", "align"), Toy())
+    given = options(folder, "teacher", "teacher")
+    given.set = ["start=align"]
+    commands.train(given, Toy())
+    assert load_checkpoint(folder / "teacher.pt")["config"]["start"] == "align"
 
 
 def run_all(folder):
@@ -144,7 +153,7 @@ def test_a_checkpoint_of_other_settings_is_refused(folder):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"stage": "magic"}', "expected one of teacher, trajectory, match"),
+        ('{"stage": "magic"}', "expected one of align, teacher, trajectory, match"),
         ('{"stage": "match", "settings": {"renoize": 1}}', "no setting renoize. It has .*renoise"),
     ],
 )

@@ -1,0 +1,70 @@
+"""A T5 that learns first to say what CLIP-L says: an hour's flow matching in a minute.
+
+An MMDiT reads its text tokens as a set. So a new T5 is understood at once if what the MMDiT's
+embedder makes of its word is what it makes of the last of CLIP-L's tokens for that word:
+
+    loss = ‖E(T5(text))_j − E(CLIP(text))_{w_0 + … + w_j}‖²
+
+where w are the tokens that CLIP-L takes for each of T5's; its start token comes first. Only the T5
+learns; E's columns for it, if they are zero as in a model without T5, are drawn at random. Ours;
+flow matching goes on from there.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..host import modules
+from .model import CLIP, T5
+from .optimize import build_optimizers
+from .teacher import TeacherTask
+
+
+class AlignTask(TeacherTask):
+    """The alignment as a task for `distill.loop.train`.
+
+    `widths` (pieces,): how many of CLIP-L's tokens each of T5's pieces is; 1 for special ones.
+    """
+
+    name = "align"
+
+    def __init__(self, *args, widths: Sequence[int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.widths = torch.tensor(widths)
+        self._prepare()
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        super().start_from(weights)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Let only the T5 learn, and give a model that never had one columns to read it by."""
+        self.model.requires_grad_(False)
+        self.model.t5.requires_grad_(True)
+        self.optimizers = build_optimizers(self.model, self.config)
+        weight = self.model.mmdit.context_embedder.weight
+        own, columns = weight.split(
+            [self.config.text_width, weight.shape[1] - self.config.text_width], 1
+        )
+        if not columns.any():
+            draw = torch.Generator().manual_seed(self.config.seed)
+            columns.data.copy_(own.std() * torch.randn(columns.shape, generator=draw))
+            self.ema["mmdit.context_embedder.weight"].copy_(weight)
+
+    def _loss(self, index: int, progress: float) -> Tensor:
+        _, tokens = self.data(index)
+        if index % self.config.full_every:
+            tokens = tokens[..., : self.config.short_context]
+        places, tokens = self._places(tokens[:, T5]).to(self.device), tokens.to(self.device)
+        embedder = self.model.mmdit.context_embedder
+        with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.no_grad():
+                wanted = embedder(self.model.text(tokens[:, CLIP])[0]).float()
+            said = embedder(modules.encode_t5(self.model.t5, tokens[:, T5])).float()
+        wanted = wanted.gather(1, places[:, :, None].expand_as(said))
+        return nn.functional.mse_loss(said, wanted)
+
+    def _places(self, ids: Tensor) -> Tensor:
+        """Where CLIP-L's last token for each of T5's (n, t) lies."""
+        return self.widths[ids].cumsum(1).clamp(max=ids.shape[1] - 1)
