@@ -1,1 +1,14 @@
-"""Training few-step flow models: the loop, its checkpoints, and the teacher it all starts from."""
+"""Few-step flow models by distillation, after SD3.5-Flash (arXiv 2509.21318).
+
+| Stage | File |
+|---|---|
+| teacher: flow matching of a model with CLIP-L and T5 | teacher, model, dropout, align |
+| 1: regression onto the teacher's integrals | trajectory |
+| 2: distribution matching, timesteps shared or random | match, adversarial, noise |
+| 3: split-timestep fine-tuning | match (`branch`), merge |
+| a LoRA instead of all weights | lora |
+
+`student` is what the stages share, `loop` and `optimize` what all training shares; `runs` reads a
+stage's JSON file, `commands` is the command line, `watch` and `table` show what came of it.
+`guidance` and `reflow` made the model that ships today.
+"""
