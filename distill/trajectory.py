@@ -17,8 +17,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .loop import load_checkpoint, save_atomically
+from .loop import check_config, load_checkpoint, save_atomically
 from .student import Sample, StudentConfig, StudentTask
+
+# The settings on which a trajectory depends; other ones are refused where it is kept.
+DECISIVE = (
+    "sigmas",
+    "guidance",
+    "teacher_steps",
+    "batch",
+    "seed",
+    "omit_t5",
+    "drop_t5",
+    "drop_clip",
+)
 
 
 @dataclass(frozen=True)
@@ -62,13 +74,16 @@ class TrajectoryTask(StudentTask):
     def _trajectory(self, number: int, sample: Sample) -> Tensor:
         """The teacher's states (n + 1, batch, 16, h, w) at the student's noise levels."""
         path = self.folder / f"{number:05d}.pt"
+        made = {key: getattr(self.config, key) for key in DECISIVE}
         if path.exists():
-            return load_checkpoint(path)["states"].to(self.device).float()
+            kept = load_checkpoint(path)
+            check_config(path, kept.get("made", {}), made)
+            return kept["states"].to(self.device).float()
         x, states = sample.noise, [sample.noise]
         for fine in self.fine:
             for sigma, following in pairwise(fine):
                 x = x + (following - sigma) * self._guided(x, sigma, sample)
             states.append(x)
         states = torch.stack(states).half()
-        save_atomically({"states": states.cpu()}, path)
+        save_atomically({"states": states.cpu(), "made": made}, path)
         return states.float()

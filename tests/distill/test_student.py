@@ -69,6 +69,13 @@ def test_trajectories_are_made_once(tmp_path):
     assert [toys.trajectory(tmp_path).step(0, 0.0).item()] == losses[:1]
 
 
+def test_trajectories_of_another_kind_are_refused(tmp_path):
+    toys.trajectory(tmp_path).step(0, 0.0)
+    with pytest.raises(ValueError, match=r"00000\.pt .*guidance 3\.0 \(now 5\.0\)"):
+        toys.trajectory(tmp_path, guidance=5.0).step(0, 0.0)
+    toys.trajectory(tmp_path, adam_rate=1e-3).step(0, 0.0)  # which changes no trajectory
+
+
 def test_trajectory_loss_falls(tmp_path):
     task = toys.trajectory(tmp_path)
     losses = [task.step(i, 0.0).item() for i in range(60)]
