@@ -6,6 +6,7 @@ host's own functions say what it weighs and what sampling takes. A VAE is small 
 
 import math
 import os
+import textwrap
 from dataclasses import dataclass
 
 import comfy.model_management as management
@@ -74,13 +75,18 @@ def preflight(path: str, width: int, height: int, batch: int = 1) -> str:
     report = inspect(path)
     report.title = f"{os.path.basename(path)}: {kind}, {report.architecture}"
     if kind == "diffusion model":
-        report.notes.append(schedule_line(loading.preset_of(path, metadata)))
+        report.notes += wrapped(schedule_line(loading.preset_of(path, metadata)))
     memory = _MEMORY[kind](path, state_dict, metadata, (width, height, batch))
     drawing = f" for {width} x {height}, batch {batch}" if memory.working else ""
-    report.notes.append(f"memory{drawing}: {memory.line()}")
-    report.notes.append(memory.verdict(*room_on(memory.device)))
-    report.notes += ["", *field_lines(fields_of(path)), ""]
-    return report.text()
+    report.notes += wrapped(f"memory{drawing}: {memory.line()}")
+    report.notes += wrapped(memory.verdict(*room_on(memory.device)))
+    report.notes += ["", *field_lines(fields_of(path))]
+    return report.text(summary_first=True)
+
+
+def wrapped(line: str) -> list[str]:
+    """`line` as lines that the node shows whole at its usual width."""
+    return textwrap.wrap(line, 74, subsequent_indent="  ")
 
 
 def schedule_line(preset: Preset | None) -> str:

@@ -107,7 +107,8 @@ class FewStepQuantize(PresetNode):
             None if preset == sampling.AUTO else sampling.named_preset(preset),
             effort,
         )
-        name, text, plot = quantizing.in_output(path), report.text(), quantizing.plot(report)
+        name, plot = quantizing.in_output(path), quantizing.plot(report)
+        text = report.text(summary_first=True)
         shown = ui.PreviewImage(plot, cls=cls).as_dict() | ui.PreviewText(text).as_dict()
         return io.NodeOutput(name, text, plot, ui=shown)
 

@@ -98,17 +98,18 @@ class Report:
         }
         return report if self.seconds is None else report | {"seconds": round(self.seconds, 2)}
 
-    def text(self, every_tensor: bool = False) -> str:
-        """The report to read in a terminal; `every_tensor`: with a line for each."""
-        lines = [self.title]
+    def text(self, every_tensor: bool = False, summary_first: bool = False) -> str:
+        """The report to read; `every_tensor`: with a line for each. The summary stands at the end,
+        where a terminal stops, or below the title, where a box that scrolls begins."""
+        lines = [self.title, self.summary()] if summary_first else [self.title]
         if every_tensor:
             lines += ["", *_table(self.rows)]
         lines += ["", *_type_table(self.rows), ""]
         if self.worst and not every_tensor:
             lines += [f"largest relative errors (of {len(self.rows)} tensors):"]
             lines += [*_table(self.worst), ""]
-        lines += self.notes
-        return "\n".join([*lines, self.summary()])
+        lines += self.notes if summary_first else [*self.notes, self.summary()]
+        return "\n".join(lines).rstrip()
 
     def summary(self) -> str:
         """One line: '1.91 GB (source 5.11 GB), 6.59 bits a weight, relative error 0.0031, …'"""

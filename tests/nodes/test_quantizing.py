@@ -67,6 +67,7 @@ def test_writes_every_weight_and_the_host_loads_it_back(model):
     assert torch.equal(sample(again), sample(model))
     assert set(GGUFFile(path).tensors) == set(toys.mmdit())
     assert text.startswith("diffusion_models/m-F32_00001_.gguf: Stable Diffusion 3 and 3.5 by F32")
+    assert re.match(r".*\n[\d.]+ MB \(source .* bits a weight, relative error ", text), text
     assert "F32" in text and plot.shape == (1, 640, 1200, 3) and 0 <= plot.min() < plot.max() <= 1
 
 
@@ -316,7 +317,8 @@ def test_memory_is_what_the_loaded_model_takes(tmp_path):
 
 def test_report_names_types_schedule_memory_and_fields():
     text = FewStepInspect.execute("diffusion_models/fewstep-demo.gguf", 128, 128).args[0]
-    assert text.startswith("fewstep-demo.gguf: diffusion model, sd3")
+    assert text.startswith("fewstep-demo.gguf: diffusion model, sd3\n11.9 MB, 9.13 bits a weight\n")
+    assert max(map(len, text.partition("\n\ngeneral.")[0].split("\n"))) <= 74  # none is cut off
     for part in ("Q8_0", "8 steps, euler, CFG 1, 1 0.9333", "memory for 128 x 128", "fits: ",
                  "general.license"):  # fmt: skip
         assert part in text, part
