@@ -21,10 +21,10 @@ def tables() -> dict[str, str]:
     rows = [f"| **{n.display_name}** | {n.description} |" for n in nodes]
     node_table = "\n".join(["| Node | What it does |", "|---|---|", *rows])
     presets = [
-        f"| {p.label} | {sigmas(p)} | {p.rule} | {p.cfg:.3g} | {p.sure} | {p.source} |"
+        f"| {p.label} | `{p.name}` | {sigmas(p)} | {p.rule} | {p.cfg:.3g} | {p.sure} | {p.source} |"
         for p in PRESETS
     ]
-    head = ["| Model | Default sigmas | Rule | CFG | Sure | Source |", "|---|---|---|---|---|---|"]
+    head = ["| Model | Preset | Default sigmas | Rule | CFG | Sure | Source |", f"|{'---|' * 7}"]
     return {
         "nodes": node_table,
         "presets": "\n".join([*head, *presets]),
