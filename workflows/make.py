@@ -92,14 +92,16 @@ The files come with FewStep. Press **Run**.
 
 QUANTIZE_NOTE = """\
 ## Make a model smaller
-**FewStep Inspect** tells what a file takes here. **FewStep Quantize** writes the MODEL with its \
-LoRAs as a GGUF file into `output/diffusion_models` and shows what that cost. Press **R**, and \
-the loader offers it.
+Press **Run**: the files come with FewStep. For your own model load its 16-bit file.
+
+**FewStep Quantize** writes the MODEL with its LoRAs as a GGUF file into \
+`output/diffusion_models` and shows what that cost. Press **R**, and the loader offers it.
 
 **FewStep Importance** is optional: each picture drawn adds to its file. Draw a dozen, press \
-**R**, and choose the file as `importance`.
+**R**, choose the file as `importance` and press **Run** again.
 
-The files come with FewStep. Press **Run**. For your own model take its 16-bit file.
+To see what it cost in pictures, draw with both files from the same seed, and connect both latents \
+to **FewStep Compare**.
 """
 
 
@@ -190,12 +192,12 @@ SAMPLE = node(
 INSPECT = node(
     "inspect",
     "FewStepInspect",
-    size=(480, 420),  # with room for the report
+    size=(500, 480),  # with room for the report
     file="diffusion_models/fewstep-demo.gguf",
     width=128,
     height=128,
 )
-QUANTIZE = node("write", "FewStepQuantize", {"model": "model.MODEL"}, (480, 760), recipe="flash-4")
+QUANTIZE = node("write", "FewStepQuantize", {"model": "model.MODEL"}, (700, 940), recipe="flash-4")
 WATCH = node("watch", "FewStepImportance", {"model": "model.MODEL"})
 
 # name -> columns from left to right, each a list of groups from the top down
@@ -233,13 +235,18 @@ WORKFLOWS = {
         [save("FewStep-schedule")],
     ],
     "quantize": [
-        [note(QUANTIZE_NOTE, 400)],
+        [note(QUANTIZE_NOTE, 340), group("Will it fit?", INSPECT)],
         [load(*DEMO)],
-        [group("Will it fit?", INSPECT), group("Write it smaller", QUANTIZE)],
-        [describe(DEMO_PROMPT, 128)],
-        [group("Watch it draw", WATCH), draw("watch.MODEL")],
-        [group(None, decode("draw.LATENT"))],
-        [save("FewStep-quantize")],
+        [group("2. Write it smaller", QUANTIZE)],
+        [group("Optional: watch it draw", WATCH, *describe(DEMO_PROMPT, 128)["nodes"])],
+        [
+            group(
+                "Draw",
+                *draw("watch.MODEL")["nodes"],
+                decode("draw.LATENT"),
+                *save("FewStep-quantize")["nodes"],
+            )
+        ],
     ],
 }
 
