@@ -7,7 +7,7 @@ from .errors import GGUFError
 from .report import Report, Row, size_text
 
 _WIDTH, _HEIGHT = 1200, 640
-_LEFT, _RIGHT, _TOP, _BOTTOM = 90, 30, 70, 90  # margins around the axes, in pixels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 90, 30, 84, 90  # margins around the axes, in pixels
 _INK, _PALE, _PAPER = (34, 34, 34), (221, 221, 221), (255, 255, 255)
 # Paul Tol's bright scheme, told apart by colour-blind eyes too; then again from the start.
 _COLOURS = ((68, 119, 170), (238, 102, 119), (34, 136, 51), (204, 187, 68), (102, 204, 238),
