@@ -30,14 +30,20 @@ keep 16 or 32 bits whatever the recipe.
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 0 done, 1 an error told in one line on stderr, 2 wrong usage."""
     options = parser().parse_args(arguments)
+    if sys.stdout is None:  # closed: `>&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+    elif hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of any script on any terminal
     try:
         options.run(options)
         sys.stdout.flush()
     except GGUFError as error:
         print(f"python -m quant: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `… | head` has read enough
+    except OSError as error:  # of stdout: files that are read and written give GGUFError
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # `… | head` has read enough
+            print(f"python -m quant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; nothing was changed", file=sys.stderr)

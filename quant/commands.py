@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -21,7 +22,7 @@ from .plot import draw, pillow
 from .quantize import writable_types
 from .recipes import BY_BUDGET, RECIPES, Recipe, recipe_named, recipe_of_type, type_named
 from .report import Report
-from .sources import open_source
+from .sources import OF_THE_FILE, open_source
 from .types import PLAIN_TYPES, QTYPES
 
 
@@ -65,10 +66,18 @@ def run_inspect(options: argparse.Namespace) -> None:
     """What a file holds."""
     report, fields = inspect(options.file), fields_of(options.file)
     if options.json:
-        print(json.dumps(report.as_dict() | {"metadata": fields}, indent=2, ensure_ascii=False))
+        told = {key: _plain(value) for key, value in fields.items()}
+        print(json.dumps(report.as_dict() | {"metadata": told}, indent=2))
         return
     report.notes += field_lines(fields)
     print(report.text(options.tensors))
+
+
+def _plain(value: object) -> object:
+    """A field as JSON has it: text in place of NaN and infinity."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_recipes(options: argparse.Namespace) -> None:
@@ -125,7 +134,7 @@ def _check_plot(path: str | None) -> None:
 def _show(report: Report, options: argparse.Namespace) -> None:
     """Print the report as asked, and draw it: the disk may be full, the report is dear."""
     if options.json:
-        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        print(json.dumps(report.as_dict(), indent=2))
     else:
         print(report.text(options.tensors))
     if options.plot:
@@ -153,19 +162,24 @@ def _progress(quiet: bool):
 
 
 def parse_meta(text: str) -> tuple[str, object]:
-    """'key=value' -> (key, value): JSON where it is that, numbers with commas a list, else text."""
+    """'key=value' -> (key, value): a number, true, false or a list, in JSON or with commas; else
+    text."""
     key, sign, value = text.partition("=")
     if not sign or not key:
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    if key.startswith(OF_THE_FILE):
+        raise argparse.ArgumentTypeError(f"{key} describes the file itself and is written so")
     for candidate in (value, f"[{value}]"):
         try:
             parsed = json.loads(candidate)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        items = parsed if isinstance(parsed, list) else [parsed]
+        if not items or not all(isinstance(item, str | int | float) for item in items):
             continue
         if isinstance(parsed, list) and any(isinstance(item, float) for item in parsed):
             parsed = [float(item) for item in parsed]
-        if isinstance(parsed, str | int | float | list):
-            return key, parsed
+        return key, parsed
     return key, value
 
 

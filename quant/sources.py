@@ -25,8 +25,8 @@ _INDEX = ".safetensors.index.json"
 _SHOWN = 10  # missing shards that are named
 _PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 # Fields of a GGUF file that describe its own bytes, not the model.
-_OF_THE_FILE = ("general.architecture", "general.file_type", "general.quantization_version",
-                "general.alignment", "split.", ORIG_SHAPE)  # fmt: skip
+OF_THE_FILE = ("general.architecture", "general.file_type", "general.quantization_version",
+               "general.alignment", "split.", ORIG_SHAPE)  # fmt: skip
 # A safetensors header's texts -> GGUF's keys (gguf.md; the Model Spec's keys).
 _MODELSPEC = {
     "modelspec.title": "general.name",
@@ -162,7 +162,7 @@ def _fields(file: GGUFFile) -> dict[str, object]:
     """The metadata that stays true of a file made from this one; arrays keep their dtype."""
     fields: dict[str, object] = {}
     for key in file.metadata:
-        if key.startswith(_OF_THE_FILE):
+        if key.startswith(OF_THE_FILE):
             continue
         value, kind = file.metadata[key], file.metadata.element_type(key)
         if value == []:  # GGUFWriter cannot write an empty array

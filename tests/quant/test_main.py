@@ -1,6 +1,7 @@
 """`python -m quant` as a person runs it: output, exit codes, one line for a mistake."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from fewstep.flow import preset_from_metadata
 from fewstep.quant import GGUFError, GGUFFile, write_gguf
 from fewstep.quant.__main__ import main
+from fewstep.quant.commands import parse_meta
 from fewstep.tests.quant import models
 from PIL import Image
 from safetensors.torch import save_file
@@ -149,6 +151,59 @@ def test_wrong_usage_shows_what_there_is(run):
         done = run(*arguments)
         assert done.returncode == 2 and message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("", ""),
+        ("null", "null"),
+        ('{"a": 1}', '{"a": 1}'),
+        ("[]", "[]"),
+        ("[[1], [2]]", "[[1], [2]]"),
+        ("[" * 10**5, "[" * 10**5),
+        ("1,2.5", [1.0, 2.5]),
+        ("-3", -3),
+    ],
+)
+def test_a_field_that_is_no_list_of_numbers_is_text(text, value):
+    assert parse_meta(f"key={text}") == ("key", value)
+
+
+@pytest.mark.parametrize("key", ["split.count", "comfy.gguf.orig_shape.a", "general.alignment"])
+def test_fields_that_describe_the_file_are_not_given(run, key):
+    """With them nobody could read it."""
+    done = run("convert", "a", "b.gguf", "--type", "Q8_0", "--meta", f"{key}=3")
+    assert done.returncode == 2 and "describes the file itself" in done.stderr
+
+
+def test_json_stays_json(run, tmp_path):
+    fields = {"a": float("nan"), "b": [1.0, float("inf")], "c": "×"}
+    write_gguf(tmp_path / "a.gguf", "x", fields, [("имя", torch.ones(3))])
+    text = run("inspect", tmp_path / "a.gguf", "--json").stdout
+    told = json.loads(text, parse_constant=pytest.fail)
+    assert text.isascii() and told["tensors"][0]["name"] == "имя"
+    assert told["metadata"] | {"a": "nan", "b": [1.0, "inf"], "c": "×"} == told["metadata"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_stdout_may_be_closed_full_or_of_few_letters(tmp_path):
+    write_gguf(tmp_path / "a.gguf", "x", {}, [("имя", torch.ones(3))])
+
+    def shell(redirection, **variables):
+        command = f"{sys.executable} -m quant inspect {tmp_path / 'a.gguf'} --tensors {redirection}"
+        environment = os.environ | variables
+        return subprocess.run(
+            command, shell=True, cwd=ROOT, capture_output=True, text=True, env=environment
+        )
+
+    done = shell(">&-")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = shell("", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "") and r"\u0438" in done.stdout
+    if os.path.exists("/dev/full"):
+        done = shell("> /dev/full")
+        assert done.returncode == 1 and done.stderr.count("\n") == 1
 
 
 def test_lists(run, source):
