@@ -9,7 +9,6 @@ import sys
 from . import commands
 from .effort import EFFORTS
 from .errors import GGUFError
-from .lora import parse_lora
 
 _CONVERT = """\
 SRC  a .safetensors file (f32, f16, bf16, fp8 with scales), the first of its shards
@@ -95,7 +94,8 @@ def _add_convert(add) -> None:
     option("--preset", type=_preset, default={}, metavar="NAME",
            help="write the few-step schedule of flow/table.py so called")  # fmt: skip
     option("--importance", metavar="F", help="an importance matrix, llama.cpp's imatrix.gguf")
-    option("--lora", action="append", default=[], type=parse_lora, metavar="F[:STRENGTH]",
+    option("--lora", action="append", default=[], metavar="F[:STRENGTH]",
+           type=commands.parse_strength,
            help="bake a LoRA in, .safetensors; may be given several times")  # fmt: skip
     option("--effort", choices=EFFORTS, default=EFFORTS[0],
            help="high: search longer, for less error in Q3_K to Q6_K than ggml's")  # fmt: skip

@@ -16,7 +16,7 @@ from .compare import compare, field_lines, fields_of, inspect
 from .convert import Options, check_destination, check_importance, convert
 from .errors import GGUFError
 from .importance import read_importance
-from .lora import bake
+from .lora import bake, parse_lora
 from .plan import make_plan
 from .plot import draw, pillow
 from .quantize import writable_types
@@ -189,6 +189,13 @@ def parse_override(text: str) -> tuple[str, object]:
     if not sign or not pattern:
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=TYPE")
     return pattern, parse_type(name)
+
+
+def parse_strength(text: str) -> tuple[str, float]:
+    try:
+        return parse_lora(text)
+    except GGUFError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_size(text: str):

@@ -5,6 +5,7 @@ difference itself. Other kinds are told by name: FewStep Quantize bakes them wit
 arithmetic.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -143,9 +144,9 @@ def _parts(
         if target is not None and bias:
             target = _bias_of(target, inside)
         if target is not None:
-            scale = strength * _alpha(tensors, layer, down)
-            part = Part(up, down, scale, target.first, target.last)
+            part = Part(up, down, strength, target.first, target.last)
             _check_shape(path, layer, part, inside[target.weight])
+            part = replace(part, scale=strength * _alpha(path, tensors, layer, down))
             found.append((target.weight, part))
         elif layer.startswith(TEXT_ENCODERS):
             text += 1
@@ -202,22 +203,29 @@ def _bias_of(target: Target, inside: Mapping[str, StoredTensor]) -> Target | Non
     return Target(name, target.first, target.last) if name in inside else None
 
 
-def _alpha(tensors: Mapping[str, StoredTensor], layer: str, down: StoredTensor | None) -> float:
+def _alpha(
+    path: str, tensors: Mapping[str, StoredTensor], layer: str, down: StoredTensor | None
+) -> float:
     """alpha / rank; 1 where the file names no alpha."""
     alpha = tensors.get(layer + _ALPHA)
     if alpha is None or down is None:
         return 1.0
-    return float(alpha.read(0, alpha.rows).reshape(-1)[0]) / down.shape[0]
+    value = float(alpha.read(0, alpha.rows)) if alpha.numel == 1 else math.nan
+    if not math.isfinite(value):
+        raise GGUFError(f"{path}: {alpha.name!r} is no number: get another file")
+    return value / down.shape[0]
 
 
 def _check_shape(path: str, layer: str, part: Part, weight: StoredTensor) -> None:
-    rows, row = part.last - part.first, weight.numel // weight.shape[0]
+    rows, row = part.last - part.first, weight.numel // max(1, weight.shape[0])
     up, down = part.up, part.down
     inner = up.numel // max(1, up.shape[0]) if up.shape else 0
-    fits = up.shape[:1] == (rows,) and row == inner
-    if down is not None:
-        fits = up.shape[:1] == (rows,) and inner == down.shape[0] and down.numel == inner * row
-    if not fits:
+    if down is None:
+        fits = row == inner and (len(weight.shape) > 1 or len(up.shape) == 1)
+    else:
+        fits = inner > 0 and down.shape[:1] == (inner,) and down.numel == inner * row
+        fits = fits and len(weight.shape) > 1
+    if not (fits and weight.numel and up.shape[:1] == (rows,)):
         shapes = " @ ".join(str(tensor.shape) for tensor in (up, down) if tensor is not None)
         raise GGUFError(
             f"{path}: layer {layer!r} is {shapes}, which does not fit {rows} rows of "
@@ -226,9 +234,15 @@ def _check_shape(path: str, layer: str, part: Part, weight: StoredTensor) -> Non
 
 
 def parse_lora(text: str) -> tuple[str, float]:
-    """'file.safetensors:0.8' -> (file, strength); without a strength, 1."""
-    path, sign, strength = text.rpartition(":")
+    """'file.safetensors:0.8' -> (file, strength); without a strength, 1.
+
+    Raises: GGUFError for NaN and infinity.
+    """
+    path, sign, given = text.rpartition(":")
     try:
-        return (path, float(strength)) if sign and path else (text, 1.0)
+        strength = float(given)
     except ValueError:
         return text, 1.0
+    if not math.isfinite(strength):
+        raise GGUFError(f"{text!r}: {given} is no strength")
+    return (path, strength) if sign and path else (text, 1.0)

@@ -166,6 +166,27 @@ def test_a_quantised_source_takes_a_lora(tmp_path, model, capsys):
             "which does not fit",
         ),
         ({f"{QKV}.diff": (768,)}, "which does not fit"),
+        ({f"{QKV}.diff_b": (768, 1)}, "which does not fit"),
+        (
+            {f"{QKV}.lora_up.weight": (768, 0), f"{QKV}.lora_down.weight": (0, 256)},
+            "which does not fit",
+        ),
+        (
+            {
+                f"{QKV}.lora_up.weight": (768, 4),
+                f"{QKV}.lora_down.weight": (),
+                f"{QKV}.alpha": (),
+            },
+            "which does not fit",
+        ),
+        (
+            {
+                f"{QKV}.lora_up.weight": (768, 4),
+                f"{QKV}.lora_down.weight": (4, 256),
+                f"{QKV}.alpha": (0,),
+            },
+            r"'.*qkv\.alpha' is no number",
+        ),
         ({f"{QKV}.lokr_w1": (4, 4)}, "makes it a LoKr, which cannot be baked here: load it in"),
         ({f"{QKV}.hada_w1_a": (4, 4)}, "makes it a LoHa"),
         ({f"{QKV}.dora_scale": (4, 4)}, "makes it a DoRA"),
@@ -177,6 +198,17 @@ def test_what_cannot_be_baked_is_told_by_name(tmp_path, model, tensors, said):
     lora = save(tmp_path / "l.safetensors", tensors)
     with pytest.raises(GGUFError, match=rf"l\.safetensors: .*{said}"):
         bake(open_source(model[1]), [(lora, 1.0)])
+
+
+def test_low_rank_for_a_vector_is_told(tmp_path):
+    name = "joint_blocks.0.x_block.norm.weight"
+    save_file({name: torch.ones(8)} | models.sd3(), tmp_path / "m.safetensors")
+    factors = {"up": torch.ones(8, 4), "down": torch.ones(4, 1)}
+    stem = name.removesuffix("weight")
+    tensors = {f"{stem}lora_{kind}.weight": tensor for kind, tensor in factors.items()}
+    lora = save(tmp_path / "l.safetensors", tensors)
+    with pytest.raises(GGUFError, match=r"l\.safetensors: .*which does not fit 8 rows"):
+        bake(open_source(str(tmp_path / "m.safetensors")), [(lora, 1.0)])
 
 
 def test_pickles_and_missing_files_are_told(tmp_path, model, capsys):
@@ -194,6 +226,9 @@ def test_strengths():
     assert parse_lora("a.safetensors:-1") == ("a.safetensors", -1.0)
     assert parse_lora("a.safetensors") == ("a.safetensors", 1.0)
     assert parse_lora(r"C:\loras\a.safetensors") == (r"C:\loras\a.safetensors", 1.0)
+
+    with pytest.raises(GGUFError, match="nan is no strength"):
+        parse_lora("a.safetensors:nan")
 
 
 def test_rows_of_fused_weights_cover_them_once():
