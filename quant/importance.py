@@ -18,6 +18,9 @@ from .reader import GGUFFile
 from .writer import write_gguf
 
 _SUM, _COUNT = ".in_sum2", ".counts"
+# Of the mean of all columns. An input that was 0 all the while, as of a text encoder that was left
+# out, may not be so in the next picture; and a block whose weights count nothing is written as 0.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def write_importance(
 
 
 def read_importance(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Weight's name -> (cols,) float32, the mean square of each input.
+    """Weight's name -> (cols,) float32, the mean square of each input; see `_LEAST`.
 
     Raises: GGUFError for a file of another kind, or values that are negative or not finite.
     """
@@ -74,7 +77,10 @@ def _mean(file: GGUFFile, name: str) -> Tensor:
     if sums.numel() % matrices:
         raise GGUFError(f"{file.path}: {name}{_SUM} and {_COUNT} do not fit: gather it anew")
     total = sums.view(matrices, -1).sum(0)
+    if not (counts.isfinite() & (counts >= 0)).all():
+        raise GGUFError(f"{file.path}: {name}{_COUNT} has bad values: gather it anew")
     mean = total / counts.sum() if counts.sum() > 0 else torch.ones_like(total)
     if not (mean.isfinite() & (mean >= 0)).all():
         raise GGUFError(f"{file.path}: {name}{_SUM} has bad values: gather it anew")
-    return mean
+    least = float(mean.double().mean()) * _LEAST
+    return mean.clamp(min=least) if least else torch.ones_like(mean)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fewstep.quant import GGUFError, GGUFFile, quantize, write_gguf
+from fewstep.quant import GGUFError, GGUFFile, dequantize, quantize, write_gguf
 from fewstep.quant.convert import Options, convert
 from fewstep.quant.importance import read_importance
 from fewstep.quant.plan import make_plan
@@ -29,6 +29,20 @@ def test_mean_square_of_each_input(tmp_path):
     assert torch.equal(read_importance(path)[NAME], torch.ones(256))
 
 
+def test_inputs_that_were_always_zero_keep_their_weights(tmp_path):
+    """ggml's searches write a block as 0 whose weights all count nothing."""
+    sums = torch.rand(1, 512)
+    sums[:, :256] = 0
+    x = torch.randn(8, 512)
+    weight = read_importance(write(tmp_path / "i.gguf", sums, torch.ones(1, 1)))[NAME]
+    assert torch.equal(weight[256:], sums[0, 256:]) and (weight[:256] > 0).all()
+    for qtype in (T.Q4_K, T.IQ4_XS, T.Q4_0):
+        y = dequantize(quantize(x, qtype, weight), qtype, tuple(x.shape))
+        assert (x - y)[:, :256].norm() < 0.1 * x[:, :256].norm()
+    path = write(tmp_path / "j.gguf", torch.zeros(1, 512), torch.ones(1, 1))
+    assert torch.equal(read_importance(path)[NAME], torch.ones(512))
+
+
 def test_it_is_used_for_its_tensor_only(tmp_path):
     state_dict = models.sd3()
     save_file(state_dict, tmp_path / "m.safetensors")
@@ -53,5 +67,7 @@ def test_bad_files_are_told(tmp_path):
         read_importance(tmp_path / "a.gguf")
     with pytest.raises(GGUFError, match="bad values"):
         read_importance(write(tmp_path / "b.gguf", torch.full((1, 4), -1.0), torch.ones(1, 1)))
+    with pytest.raises(GGUFError, match="counts has bad values"):
+        read_importance(write(tmp_path / "b.gguf", torch.ones(1, 4), torch.full((1, 1), -1.0)))
     with pytest.raises(GGUFError, match="do not fit"):
         read_importance(write(tmp_path / "c.gguf", torch.ones(1, 4), torch.ones(3, 1)))
