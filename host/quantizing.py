@@ -66,15 +66,17 @@ def _progress():
     return report
 
 
-def output_file(prefix: str) -> Path:
-    """The next free PREFIX_00001_.gguf below the output folder, numbered as stock save nodes do.
+def output_file(prefix: str, end: str = "") -> Path:
+    """The next free PREFIX+END_00001_.gguf below the output folder, numbered as stock save nodes
+    do.
 
     Raises: ValueError for a prefix without a name; the host's error outside the output folder.
     """
-    if not os.path.basename(prefix.strip()):
+    prefix = prefix.strip()
+    if not os.path.basename(prefix).strip("."):
         raise ValueError(f"filename_prefix {prefix!r} names no file: end it with a name.")
     output = folder_paths.get_output_directory()
-    folder, name, number, _, _ = folder_paths.get_save_image_path(prefix.strip(), output)
+    folder, name, number, _, _ = folder_paths.get_save_image_path(prefix + end, output)
     return Path(folder) / f"{name}_{number:05}_.gguf"
 
 

@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 from ..host import comparing, folders, importance, quantizing, sampling
 from ..host.preflight import preflight
 from ..quant import writable_types
+from ..quant.budget import parse_budget
 from ..quant.effort import EFFORTS
 from ..quant.recipes import RECIPES
 from .sampling import PresetNode
@@ -96,8 +97,9 @@ class FewStepQuantize(PresetNode):
         preset=sampling.AUTO,
         effort=EFFORTS[0],
     ) -> io.NodeOutput:
-        budget = budget.strip()
-        path = quantizing.output_file(f"{filename_prefix}-{budget or recipe}")
+        if budget := budget.strip():
+            parse_budget(budget)  # a part of the file's name: nothing that leads elsewhere
+        path = quantizing.output_file(filename_prefix, f"-{budget or recipe}")
         report = quantizing.quantize_model(
             model,
             path,
