@@ -64,11 +64,13 @@ class _Inputs:
         self.squares: torch.Tensor | None = None
         self.tokens = 0
 
-    def __call__(self, _module, args) -> None:
-        """torch's forward pre-hook. args[0]: (…, cols)"""
-        x = args[0].detach()
-        leading = tuple(range(x.dim() - 1))
-        norms = torch.linalg.vector_norm(x, dim=leading, dtype=torch.float32)
+    def __call__(self, _module, args, kwargs) -> None:
+        """torch's forward pre-hook. The first argument: (…, cols)"""
+        x = (args[0] if args else kwargs["input"]).detach()
+        leading = tuple(range(x.dim() - 1))  # none of a single vector, whose norms are its sizes
+        norms = x.float()
+        if leading:
+            norms = torch.linalg.vector_norm(x, dim=leading, dtype=torch.float32)
         squares = norms.double().square() if x.device.type != "mps" else norms.square()
         self.squares = squares if self.squares is None else self.squares + squares
         self.tokens += x.numel() // x.shape[-1]
@@ -87,7 +89,7 @@ def watching(network: torch.nn.Module) -> Iterator[dict[str, _Inputs]]:
         if weight is None or weight.dim() != 2 or isinstance(module, torch.nn.Embedding):
             continue
         sums[f"{name}.weight"] = inputs = _Inputs()
-        hooks.append(module.register_forward_pre_hook(inputs))
+        hooks.append(module.register_forward_pre_hook(inputs, with_kwargs=True))
     try:
         yield sums
     finally:

@@ -276,6 +276,17 @@ def test_a_sampling_that_fails_adds_nothing(model, output):
     assert not list(output.rglob("*.gguf"))
 
 
+def test_inputs_are_counted_however_a_layer_is_called():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    with importance.watching(network) as sums:
+        network[0](x)
+        network[0](input=torch.stack([x, x]))
+    seen = sums["0.weight"].seen()
+    torch.testing.assert_close(seen.squares, 3 * x.double().square(), rtol=1e-6, atol=0)
+    assert seen.tokens == 3
+
+
 def test_importance_of_a_quantised_model_fits_its_conversion(tmp_path):
     dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
     model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
