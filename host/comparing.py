@@ -46,9 +46,16 @@ def compare(original: dict, other: dict, vae) -> Comparison:
 
 
 def psnr(original: torch.Tensor, other: torch.Tensor, peak: float) -> float:
-    """Peak signal-to-noise ratio in dB: 10 log10(peak² / mean squared difference)."""
+    """Peak signal-to-noise ratio in dB: 10 log10(peak² / mean squared difference).
+
+    NaN where a value is NaN or infinite, -inf where the original is all of one value.
+    """
     error = float((original.double() - other.double()).square().mean())
-    return 10 * math.log10(peak**2 / error) if error else math.inf
+    if not math.isfinite(error):
+        return math.nan
+    if not error:
+        return math.inf
+    return 10 * math.log10(peak**2 / error) if peak else -math.inf
 
 
 def mean(values: list[float]) -> float:

@@ -1,5 +1,6 @@
 """The quantising nodes on a tiny SD3: what is written, what is watched, what is foretold."""
 
+import math
 import re
 
 import comfy.model_management
@@ -398,6 +399,17 @@ def test_pictures_side_by_side_and_how_close(vae):
 def test_latents_of_different_sizes_are_refused(vae):
     with pytest.raises(ValueError, match=r"different shapes.*same size and number"):
         FewStepCompare.execute({"samples": latents()}, {"samples": latents(1)}, vae)
+
+
+@pytest.mark.parametrize(
+    "first, second, said",
+    [(0.0, 1.0, "-inf"), (1.0, math.inf, "nan"), (math.nan, 1.0, "nan"), (0.0, 0.0, "inf")],
+)
+def test_latents_without_a_range_are_told(vae, first, second, said):
+    """Black pictures, and latents of nothing, are a result too."""
+    samples = latents(1)
+    given = [{"samples": samples * factor} for factor in (first, second)]
+    assert f"picture 1: latents {said} dB" in FewStepCompare.execute(*given, vae).args[1]
 
 
 def test_coarser_types_are_further_off(tmp_path, vae):
