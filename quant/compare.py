@@ -11,7 +11,7 @@ from .measure import Errors
 from .plan import named
 from .reader import GGUFFile
 from .report import Report, Row
-from .sources import Source, open_source
+from .sources import Source, is_gguf, open_source
 from .stored import StoredTensor
 from .threads import in_order
 
@@ -65,7 +65,7 @@ def inspect(path: str) -> Report:
 
 def fields_of(path: str) -> dict[str, object]:
     """All metadata of a file, as plain data."""
-    if not path.lower().endswith(".gguf"):
+    if not is_gguf(path):
         return open_source(path).metadata
     with GGUFFile(path) as file:
         return dict(file.metadata)

@@ -109,7 +109,7 @@ class Report:
             lines += [f"largest relative errors (of {len(self.rows)} tensors):"]
             lines += [*_table(self.worst), ""]
         lines += self.notes if summary_first else [*self.notes, self.summary()]
-        return "\n".join(lines).rstrip()
+        return "\n".join(map(_printable, lines)).rstrip()
 
     def summary(self) -> str:
         """One line: '1.91 GB (source 5.11 GB), 6.59 bits a weight, relative error 0.0031, …'"""
@@ -134,6 +134,11 @@ def size_text(size: float) -> str:
             return f"{size:.3g} {unit}" if unit != "B" else f"{size:.0f} B"
         size /= 1000
     return f"{size:.2f} GB"
+
+
+def _printable(line: str) -> str:
+    """One line that leaves a terminal as it is, whatever a file calls its tensors."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _measures(errors: Errors | None) -> dict[str, float | None]:

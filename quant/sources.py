@@ -80,6 +80,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return Source(path, tensors, (path,), _metadata_from_texts(texts))
 
 
+def is_gguf(path: str) -> bool:
+    """By its first bytes, whatever its name."""
+    return _head(path).startswith(b"GGUF")
+
+
 def _head(path: str) -> bytes:
     try:
         with open(path, "rb") as file:

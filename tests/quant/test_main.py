@@ -177,6 +177,20 @@ def test_fields_that_describe_the_file_are_not_given(run, key):
     assert done.returncode == 2 and "describes the file itself" in done.stderr
 
 
+def test_inspect_goes_by_the_bytes_not_the_name(run, tmp_path, source):
+    write_gguf(tmp_path / "a.safetensors", "x", {"general.name": "hers"}, [("a", torch.ones(3))])
+    assert "general.name" in run("inspect", tmp_path / "a.safetensors").stdout
+    (tmp_path / "b.gguf").write_bytes(source.read_bytes())
+    done = run("inspect", tmp_path / "b.gguf")
+    assert (done.returncode, done.stderr) == (0, "") and "sd3" in done.stdout
+
+
+def test_names_do_not_reach_the_terminal_raw(run, tmp_path):
+    write_gguf(tmp_path / "a.gguf", "x", {"a": "\x1b[2J"}, [("b\x1b[31m\nc", torch.ones(3))])
+    said = run("inspect", tmp_path / "a.gguf", "--tensors").stdout
+    assert r"b\x1b[31m\nc" in said and r"\x1b[2J" in said and "\x1b" not in said
+
+
 def test_json_stays_json(run, tmp_path):
     fields = {"a": float("nan"), "b": [1.0, float("inf")], "c": "×"}
     write_gguf(tmp_path / "a.gguf", "x", fields, [("имя", torch.ones(3))])
