@@ -62,7 +62,7 @@ def quantize(
     out = _output(out, (len(x), x.shape[1] // block_size * type_size), x.device)
     if qtype not in PLAIN_TYPES and x.device.type not in _EXACT_DEVICES:
         importance = None if importance is None else importance.cpu()
-        return out.copy_(quantize(x.cpu(), qtype, importance, effort))
+        return out.copy_(quantize(x.cpu(), qtype, importance, effort).to(x.device))
     kernels, whole = _kernels_for(x, qtype), x
     if kernels is None and not all_finite(x):
         raise _nonfinite(x, qtype)
