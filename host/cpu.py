@@ -19,9 +19,9 @@ import comfy.model_management
 import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch
+from gguf import GGMLQuantizationType
 
-from ..quant import attend
-from ..quant import multiply_few as multiply_blocks
+from ..quant import attend, multiply_few, multiply_many
 from .layout import is_gguf
 
 log = logging.getLogger(__name__)
@@ -66,19 +66,32 @@ def product_dtype(module: torch.nn.Module, input: torch.Tensor) -> torch.dtype:
     return input.dtype
 
 
-def multiply_few(module: torch.nn.Module, input: torch.Tensor) -> torch.Tensor | None:
-    """`module`'s output for a few tokens in float32 (as of the modulation from time and text) by a
-    kernel that never writes the unpacked weight out; None where there is none.
+def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> torch.Tensor | None:
+    """`module`'s output, LoRAs of its side branch included, by a kernel that never writes the
+    unpacked weight out; None where there is none.
 
-    The weight must be as it was loaded: neither patches nor functions of the host.
+    For a few tokens (as of the modulation from time and text) in float32, for more in bfloat16 with
+    sums and results in float32. The weight must be as it was loaded: neither patches nor functions
+    of the host but the side branch.
     """
     weight, bias = module.weight, module.bias
     if not may_round(module, input) or not is_gguf(weight):
         return None
+    blocks, qtype = weight._qdata, weight.params.qtype
     flat = input.reshape(-1, input.shape[-1])
-    output = multiply_blocks(weight._qdata, weight.params.qtype, flat)
-    if output is not None and bias is not None:
-        output = output + bias
+    output = multiply_few(blocks, qtype, flat)
+    if output is not None:
+        output = output if bias is None else output + bias
+        output = output if branch is None else branch.add(output, flat)
+    elif multiplies_bfloat16():
+        factors = None if branch is None else branch.factors(tuple(weight.shape))
+        if branch is not None and factors is None:
+            return None
+        if module.gguf_residency.keeps(module):
+            packed = weight.to(dtype=torch.bfloat16)
+            dense = module.gguf_residency.dense(module, packed, transient=True)
+            blocks, qtype = dense.view(torch.uint8), GGMLQuantizationType.BF16
+        output = multiply_many(blocks, qtype, flat, bias, factors)
     return None if output is None else output.reshape(*input.shape[:-1], -1)
 
 

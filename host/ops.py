@@ -16,7 +16,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..quant import dequantize_rows
-from .cpu import multiply_few, product_dtype
+from .cpu import multiply_packed, product_dtype
 from .layout import is_gguf
 from .lora import TakesLoRA
 from .residency import Residency
@@ -252,12 +252,12 @@ def gguf_ops(
                 added = self.weight_function or self.bias_function or (waiting and not branch)
                 if self.turned and not added and isinstance(self.weight, QuantizedTensor):
                     return self.multiply_turned(input, branch)
-                output = None if added else multiply_few(self, input)
+                output = None if added else multiply_packed(self, input, branch)
                 if output is not None and not self.gguf_checked:
                     self.gguf_checked = bool(output.isfinite().all())
                 if output is None or not self.gguf_checked:
                     return self.multiply(input, waiting, branch)
-                return output if branch is None else branch.add(output, input)
+                return output
 
             def multiply(self, input, waiting, branch):
                 x = input.to(product_dtype(self, input))

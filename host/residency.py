@@ -1,10 +1,10 @@
 """Where dequantised weights of one model lie, and which stay there, up to a budget.
 
-A step unpacks each weight once, and forgets it. Kept, it need not be unpacked again: on a CPU that
-saves about a tenth of a step for two and a half times the memory (a Q6_K weight in bfloat16). Which
-weights are kept is settled before each sampling: those that were used most so far come first. The
-memory is given back when the host unloads or moves the weight, or the model as a whole; and, where
-the budget is what was free ("auto"), as others take it up.
+A step unpacks each weight once, and forgets it. Kept, it need not be unpacked again, for two and a
+half times the memory (a Q6_K weight in bfloat16): some hundredths of a step on a CPU. Which weights
+are kept is settled before each sampling: those that were used most so far come first. The memory is
+given back when the host unloads or moves the weight, or the model as a whole; and, where the budget
+is what was free ("auto"), as others take it up.
 """
 
 from threading import get_ident
@@ -56,6 +56,10 @@ class Residency:
             return unpack(weight)
         self.kept[module] = weight.dequantize()
         return self.kept[module]
+
+    def keeps(self, module: torch.nn.Module) -> bool:
+        """Whether the module's weight stays unpacked, or may once it is."""
+        return self.budget > 0 and module not in self.refused
 
     def unpack(self, weight: QuantizedTensor) -> torch.Tensor:
         """On a CPU into memory that serves one weight after the other: where each takes memory of

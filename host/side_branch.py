@@ -12,6 +12,8 @@ import torch
 from comfy.weight_adapter import LoRAAdapter
 from torch import Tensor
 
+from ..quant import low_rank_factors
+
 
 @dataclass(frozen=True)
 class Term:
@@ -33,6 +35,7 @@ class SideBranch:
 
     def __init__(self, terms: list[Term]):
         self.terms, self.joined, self.made_for = terms, [], None
+        self.factors_of = None  # the weight's shape that they were made for, and they
 
     @property
     def rank(self) -> int:
@@ -51,6 +54,19 @@ class SideBranch:
         for rows, columns, up, down in self.joined:
             flat[:, rows].addmm_(x[:, columns] @ down, up)
         return output
+
+    def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """All LoRAs on a weight of `shape` for `multiply_many`; None if one of them concerns only
+        a part of it.
+        """
+        if self.factors_of is None or self.factors_of[0] != shape:
+            places = {(_length(term.rows), _length(term.columns)) for term in self.terms}
+            made = None
+            if places == {shape}:
+                _, _, up, down = _join(self.terms, torch.empty(0, dtype=torch.bfloat16))
+                made = low_rank_factors(up.T, down.T)
+            self.factors_of = shape, made
+        return self.factors_of[1]
 
     def join(self, like: Tensor) -> list[tuple[slice, slice, Tensor, Tensor]]:
         """(rows, columns, up with its scale, down) for each part of the weight: up (rank, rows) and

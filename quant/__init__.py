@@ -1,7 +1,13 @@
 """GGUF files and their block formats, in torch, without ComfyUI."""
 
 from .attention import attend
-from .dequant import dequantize, dequantize_rows, multiply_few
+from .dequant import (
+    dequantize,
+    dequantize_rows,
+    low_rank_factors,
+    multiply_few,
+    multiply_many,
+)
 from .errors import GGUFError
 from .quantize import quantize, writable_types
 from .reader import GGUFFile, TensorInfo
@@ -18,7 +24,9 @@ __all__ = [
     "attend",
     "dequantize",
     "dequantize_rows",
+    "low_rank_factors",
     "multiply_few",
+    "multiply_many",
     "quantize",
     "types_markdown",
     "writable_types",

@@ -29,8 +29,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 def _kernel() -> ModuleType | None:
     """The compiled kernel, if numba is there and the CPU has the instructions."""
     try:
-        from . import numba_attention
+        from . import numba_attention, numba_tile
     except ImportError as error:
         log.info("attention on the CPU without numba, which may be slower: %s", error)
         return None
-    return numba_attention if numba_attention.SUPPORTED else None
+    return numba_attention if numba_tile.SUPPORTED else None

@@ -95,6 +95,53 @@ def multiply_few(blocks: Tensor, qtype: GGMLQuantizationType, x: Tensor) -> Tens
     return numba_matvec.matvec(blocks, qtype, x)
 
 
+def multiply_many(
+    blocks: Tensor,
+    qtype: GGMLQuantizationType,
+    x: Tensor,
+    bias: Tensor | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> Tensor | None:
+    """x (vectors, columns) float32 times the transpose of a matrix of `qtype`, plus bias, without
+    unpacking all of the matrix; None where no kernel does that faster than a product.
+
+    Matrix and x are rounded to bfloat16; sums and results are float32. blocks: (rows, bytes of a
+    row) uint8, quantised or BF16. `factors`, as `low_rank_factors` gives them, are added to the
+    matrix as a product.
+    """
+    if torch.compiler.is_compiling() or not blocks.is_cpu or (kernels := _kernels("cpu")) is None:
+        return None
+    from . import numba_tile
+
+    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    (rows, size), columns = blocks.shape, x.shape[1]
+    if (
+        not numba_tile.SUPPORTED
+        or qtype not in kernels.COMPILED | {GGMLQuantizationType.BF16}
+        or columns % max(block_size, 32)
+        or rows % 16
+        or size != columns // block_size * type_size
+        or rows < 48 * torch.get_num_threads()
+    ):
+        return None
+    from . import numba_linear
+
+    return numba_linear.linear(blocks, qtype, x, bias, factors)
+
+
+def low_rank_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor] | None:
+    """up (rows, rank) and down (rank, columns) for `multiply_many`; None if that has no kernel."""
+    if _kernels("cpu") is None:
+        return None
+    from . import numba_tile
+
+    if not numba_tile.SUPPORTED:
+        return None
+    from . import numba_linear
+
+    return numba_linear.low_rank(up, down)
+
+
 def as_plain(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """The bytes as a 1-D tensor of `dtype`: a view where they start on a whole element."""
     flat = blocks.reshape(-1)

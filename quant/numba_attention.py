@@ -9,145 +9,28 @@ sums are in float32.
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.core.typing import signature
-from numba.extending import lower_builtin, type_callable
 from torch import Tensor
 
-from .numba_jit import FEATURES, ZERO, f4, jit
+from .numba_jit import ZERO, f4, jit
+from .numba_tile import COLUMNS, ROWS, interleave, make_tile, pack, pack_rows
 from .numba_vector import (
-    FLOATS,
-    INTS,
     LANES,
-    LOWERED,
-    WORD,
     biggest_lane,
-    define,
     floats,
     helper,
     load,
     nearest,
-    pointer,
+    power_of_2,
     select,
     splat,
     store,
-    transpose,
 )
 from .threads import in_threads
 
-# With AMX torch has a faster one.
-SUPPORTED = FEATURES.get("avx512bf16", False) and not FEATURES.get("amx-bf16", False)
-ROWS, COLUMNS = 6, 4  # of a tile, in queries and vectors: 24 sums, of 32 registers
 _STEP = COLUMNS * LANES  # keys, or numbers of a value, of a tile
 _LOG2_E = 1.4426950408889634
 _LEAST = f4(-126.0)  # exponent
-
-
-class _BFloat(ir.Type):
-    null, intrinsic_name = "0.0", "bf16"
-
-    def _to_string(self):
-        return "bfloat"
-
-
-_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
-
-
-def _call(builder, name, result, *arguments):
-    kind, known = ir.FunctionType(result, [a.type for a in arguments]), builder.module.globals
-    function = known[name] if name in known else ir.Function(builder.module, kind, name)
-    return builder.call(function, arguments)
-
-
-def _rounded(builder, low, high):
-    """<32 x bfloat>: two vectors of float32, one after the other."""
-    return _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, high, low)
-
-
-def pack(low, high):
-    """Thirty-two float32, rounded to bfloat16, in pairs of neighbours; passes for float32."""
-
-
-def interleave(low, high):
-    """Lane j: the pair of low's and high's number, rounded to bfloat16; passes for float32."""
-
-
-def power_of_2(n):
-    """2^n as float32, of int32 from -126 to 127."""
-
-
-@define(pack, FLOATS, FLOATS, FLOATS)
-def _(builder, low, high):
-    return builder.bitcast(_rounded(builder, low, high), LOWERED[FLOATS])
-
-
-@define(interleave, FLOATS, FLOATS, FLOATS)
-def _(builder, low, high):
-    both = _rounded(builder, low, high)
-    lanes = [lane + side for lane in range(LANES) for side in (0, LANES)]
-    mask = ir.Constant(ir.VectorType(WORD, 2 * LANES), lanes)
-    return builder.bitcast(builder.shuffle_vector(both, both, mask), LOWERED[FLOATS])
-
-
-@define(power_of_2, FLOATS, INTS)
-def _(builder, n):
-    bias, shift = (ir.Constant(LOWERED[INTS], [number] * LANES) for number in (127, 23))
-    return builder.bitcast(builder.shl(builder.add(n, bias), shift), LOWERED[FLOATS])
-
-
-def tile(a, a_at, a_step, b, b_at, b_step, pairs, out, out_at, out_step):
-    """ROWS × COLUMNS vectors of sums over `pairs`: row r of a begins at a_at + r·a_step, a pair for
-    each float32; column c of b at b_at + c·b_step, a vector of pairs for each. Row r of the result
-    goes to out_at + r·out_step.
-    """
-
-
-@type_callable(tile)
-def _(context):
-    def typed(a, a_at, a_step, b, b_at, b_step, pairs, out, out_at, out_step):
-        place = (types.intp, types.intp)
-        return signature(types.none, a, *place, b, *place, types.intp, out, *place)
-
-    return typed
-
-
-@lower_builtin(tile, *(types.Array, types.intp, types.intp) * 2, types.intp,
-               types.Array, types.intp, types.intp)  # fmt: skip
-def _(context, builder, sig, args):
-    a, a_at, a_step, b, b_at, b_step, pairs, out, out_at, out_step = args
-    size, vector = a_at.type, LOWERED[FLOATS]
-    at = lambda start, step, n: builder.add(start, builder.mul(step, ir.Constant(size, n)))  # noqa: E731
-    place = lambda k, array, start, kind: pointer(  # noqa: E731
-        context, builder, sig.args[k], array, start, kind
-    )
-    zero = ir.Constant(vector, [0.0] * LANES)
-    sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(COLUMNS)] for _ in range(ROWS)]
-    with cgutils.for_range(builder, pairs, intp=size) as loop:
-        columns = []
-        for c in range(COLUMNS):
-            start = builder.add(
-                at(b_at, b_step, c), builder.mul(loop.index, ir.Constant(size, LANES))
-            )
-            loaded = builder.load(place(3, b, start, vector), align=4)
-            columns.append(builder.bitcast(loaded, _PAIRS))
-        for r in range(ROWS):
-            start = builder.add(at(a_at, a_step, r), loop.index)
-            pair = builder.load(place(0, a, start, WORD), align=4)
-            row = ir.Constant(LOWERED[INTS], ir.Undefined)
-            row = builder.insert_element(row, pair, ir.Constant(WORD, 0))
-            lanes = ir.Constant(ir.VectorType(WORD, LANES), [0] * LANES)
-            row = builder.bitcast(builder.shuffle_vector(row, row, lanes), _PAIRS)
-            for c, column in enumerate(columns):
-                name = "llvm.x86.avx512bf16.dpbf16ps.512"
-                total = _call(builder, name, vector, builder.load(sums[r][c]), row, column)
-                builder.store(total, sums[r][c])
-    for r in range(ROWS):
-        for c in range(COLUMNS):
-            start = builder.add(at(out_at, out_step, r), ir.Constant(size, c * LANES))
-            builder.store(builder.load(sums[r][c]), place(7, out, start, vector), align=4)
-    return context.get_dummy_value()
+_tile = make_tile(COLUMNS)
 
 
 @helper
@@ -193,22 +76,6 @@ def _sum(v, lanes):
 
 
 @helper
-def _pack_keys(k, at, step, keys, padded, width, row, panel):
-    """panel: for each sixteen keys, each pair of a key's numbers, a vector of those keys."""
-    pairs = width // 2
-    for key in range(0, padded, LANES):
-        for j in range(LANES):
-            for i in range(0, pairs, LANES):
-                v = splat(ZERO)
-                if key + j < keys:
-                    start = at + (key + j) * step + 2 * i
-                    v = pack(load(k, start), load(k, start + LANES))
-                store(row, j * pairs + i, v)
-        for i in range(0, pairs, LANES):
-            transpose(row, i, pairs, panel, (key * pairs) + i * LANES)
-
-
-@helper
 def _pack_values(v, at, step, keys, padded, width, panel):
     """panel: for each sixteen numbers of a value, each pair of keys, a vector of those numbers."""
     for i in range(0, width, LANES):
@@ -233,7 +100,7 @@ def _attend(q, k, v, out, first, end, heads, rows, keys, width, scale):
     factor = f4(scale * _LOG2_E)
     for head in range(first, end):
         at = (head // heads * keys * heads + head % heads) * width
-        _pack_keys(k, at, step, keys, padded, width, row, key_panel)
+        pack_rows(k, at, step, keys, 0, padded, width, row, key_panel)
         _pack_values(v, at, step, keys, padded, width, value_panel)
         at = (head // heads * rows * heads + head % heads) * width
         for start in range(0, rows, ROWS):
@@ -243,13 +110,13 @@ def _attend(q, k, v, out, first, end, heads, rows, keys, width, scale):
                     place = at + (start + r) * step + 2 * i
                     store(a, r * pairs + i, pack(load(q, place), load(q, place + LANES)))
             for key in range(0, padded, _STEP):
-                tile(a, 0, pairs, key_panel, key * pairs, LANES * pairs, pairs, s, key, padded)
+                _tile(a, 0, pairs, key_panel, key * pairs, LANES * pairs, pairs, s, key, padded)
             for r in range(n):
                 total = _softmax(s, r * padded, keys, padded, factor, p, r * padded // 2)
                 share[r] = f4(1.0) / _sum(total, lanes)
             half = padded // 2
             for i in range(0, width, _STEP):
-                tile(p, 0, half, value_panel, i * half, LANES * half, half, o, i, width)
+                _tile(p, 0, half, value_panel, i * half, LANES * half, half, o, i, width)
             for r in range(n):
                 for i in range(0, width, LANES):
                     place = at + (start + r) * step + i

@@ -176,6 +176,10 @@ def root(v):
     """The square root of float32, rounded once."""
 
 
+def power_of_2(n):
+    """2^n as float32, of int32 from -126 to 127."""
+
+
 for _kind in (FLOATS, INTS):
     define(select, _kind, MASK, _kind, _kind)(lambda builder, m, a, b: builder.select(m, a, b))
 
@@ -210,6 +214,12 @@ def _(builder, v):
 @define(bits_of, INTS, FLOATS)
 def _(builder, v):
     return builder.bitcast(v, LOWERED[INTS])
+
+
+@define(power_of_2, FLOATS, INTS)
+def _(builder, n):
+    biased = builder.add(n, constant(INTS, 127))
+    return builder.bitcast(builder.shl(biased, constant(INTS, 23)), LOWERED[FLOATS])
 
 
 @define(root, FLOATS, FLOATS)

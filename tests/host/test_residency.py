@@ -14,6 +14,7 @@ from fewstep import run
 from fewstep.host import loading, residency
 from fewstep.host.layout import is_gguf
 from fewstep.tests.host import toys
+from fewstep.tests.host.test_cpu import bfloat16  # noqa: F401  a fixture
 from fewstep.tests.host.test_loading import sample
 from fewstep.tests.host.test_lora import load, lokr, low_rank
 
@@ -30,9 +31,16 @@ def kept_by(model):
     return model.model.diffusion_model.x_embedder.proj.gguf_residency
 
 
-@pytest.mark.parametrize("memory", residency.CHOICES)
+@pytest.fixture(params=["float32", "bfloat16"])
+def products(request):
+    """What small weights are multiplied in, and large ones; see test_cpu.py."""
+    if request.param == "bfloat16":
+        request.getfixturevalue("bfloat16")
+
+
+@pytest.mark.parametrize("memory", ["auto", "2 GB"])
 @pytest.mark.parametrize("make", [None, low_rank, lokr])
-def test_draws_the_same_whatever_is_kept(path, memory, make):
+def test_draws_the_same_whatever_is_kept(products, path, memory, make):
     def draw(memory):
         model = loading.load_diffusion_model(path, memory)
         patched = load(model, make()) if make else model

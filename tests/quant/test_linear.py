@@ -1,0 +1,90 @@
+"""A quantised matrix times many vectors in bfloat16, LoRAs included, against float64."""
+
+import pytest
+import torch
+from fewstep.quant import QTYPES, dequantize, low_rank_factors, multiply_many
+from fewstep.tests.quant.test_dequant import random_blocks
+from gguf import GGMLQuantizationType as T
+
+# bfloat16's rounding errs by at most 2**-9 of a number. Weights and vectors are each rounded once,
+# so a product errs by at most 2**-8 of itself; LoRA's inner numbers are rounded once more.
+ERROR = 2**-8
+
+
+@pytest.fixture(autouse=True, params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    if product(matrix(T.Q8_0, 96, 64), 1) is None:
+        torch.set_num_threads(before)
+        pytest.skip("no kernel for this CPU, or no numba")
+    yield
+    torch.set_num_threads(before)
+
+
+def matrix(qtype, rows, columns):
+    """Blocks of ordinary sizes: no half is huge, subnormal or NaN. -> (blocks, qtype, weight)"""
+    blocks = torch.from_numpy(random_blocks(qtype, rows * columns // QTYPES[qtype].block_size))
+    blocks = (blocks & 0x1F | 0x20).view(rows, -1)
+    return blocks, qtype, dequantize(blocks, qtype, (rows, columns)).double()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def product(made, vectors, bias=None, factors=None):
+    blocks, qtype, weight = made
+    return multiply_many(blocks, qtype, normal(vectors, weight.shape[1]), bias, factors)
+
+
+def error(got, truth):
+    return ((got - truth).norm() / truth.norm()).item()
+
+
+@pytest.mark.parametrize("qtype", QTYPES, ids=lambda t: t.name)
+def test_every_type_errs_as_bfloat16_does(qtype):
+    made = matrix(qtype, 112, 512)
+    got = product(made, 70)
+    assert got.dtype == torch.float32 and got.shape == (70, 112)
+    assert error(got, normal(70, 512).double() @ made[2].T) < ERROR
+
+
+@pytest.mark.parametrize("vectors", [1, 15, 16, 33, 48, 64, 77, 130])
+@pytest.mark.parametrize(("rows", "columns"), [(96, 256), (208, 512), (400, 2048)])
+def test_every_size_and_a_bias(vectors, rows, columns):
+    made, bias = matrix(T.Q6_K, rows, columns), 1000 * normal(rows, seed=1)
+    got, truth = product(made, vectors, bias), normal(vectors, columns).double() @ made[2].T
+    assert error(got - bias, truth) < ERROR + 1e-6 * bias.norm() / made[2].norm()
+    assert torch.equal(product(made, vectors, bias), got)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 32, 100, 200])
+@pytest.mark.parametrize("vectors", [5, 77])
+def test_factors_of_low_rank_are_added(rank, vectors):
+    made = matrix(T.Q4_K, 208, 512)
+    up, down = normal(208, rank, seed=2) * made[2].std().float(), normal(rank, 512, seed=3)
+    got = product(made, vectors, None, low_rank_factors(up, down))
+    truth = normal(vectors, 512).double() @ (made[2] + up.double() @ down.double()).T
+    assert error(got, truth) < 1.5 * ERROR
+
+
+@pytest.mark.parametrize("rows", [96, 208])
+def test_a_matrix_that_stays_unpacked_gives_the_same(rows):
+    made = matrix(T.Q5_K, rows, 512)
+    dense = made[2].bfloat16().view(torch.uint8)
+    assert torch.equal(product((dense, T.BF16, made[2]), 77), product(made, 77))
+
+
+def test_nan_shows_and_stays_in_its_row():
+    blocks, qtype, weight = matrix(T.Q6_K, 96, 256)
+    blocks[7, 208:210] = torch.tensor([0xFF, 0x7F], dtype=torch.uint8)
+    got = product((blocks, qtype, weight), 20)
+    assert got.isnan().any(0).nonzero().flatten().tolist() == [7]
+
+
+def test_what_is_left_to_others():
+    assert product(matrix(T.Q8_0, 40, 64), 5) is None  # rows that fill no vector, and few of them
+    blocks, qtype, _ = matrix(T.Q8_0, 96, 64)
+    assert multiply_many(blocks[:, :-34], qtype, normal(5, 64)) is None  # other rows
+    assert multiply_many(blocks, T.F16, normal(5, 34)) is None
