@@ -21,7 +21,8 @@ from .threads import in_threads
 LowRank = tuple[Tensor, Tensor]
 
 _STEP = COLUMNS * LANES  # vectors of a tile
-_WIDE, _NARROW = 96, 48  # rows of a tile, of whole ROWS and whole LANES
+_SLICE, _MOST = 48, 384  # rows: whole ROWS and whole LANES; so many of a tile, at the most
+_LARGEST = 2**20  # weights of a tile
 _PAIRS = 768  # of columns that meet before the next rows do: 192 KiB of _STEP vectors
 _NONE = np.empty(0, np.float32)
 _tile_1, _tile_2, _tile_3, _tile_4 = (make_tile(n, adds=True) for n in (1, 2, 3, 4))
@@ -52,7 +53,7 @@ def _multiply(a, rows, panel, pairs, up, low_panel, low_pairs, first, end, bias,
 
     a and up are read by whole ROWS; for the panels see `pack_rows`.
     """
-    sums, square = np.empty(_WIDE * _STEP, np.float32), np.empty(LANES * LANES, np.float32)
+    sums, square = np.empty(_MOST * _STEP, np.float32), np.empty(LANES * LANES, np.float32)
     for vector in range(first, end, _STEP):
         sums[:] = np.float32(0)
         columns = min(COLUMNS, -(-(end - vector) // LANES))
@@ -107,13 +108,15 @@ def linear(
         first, end = first * LANES, end * LANES
         _pack(flat, vectors, columns, first, end, panel)
         end = min(end, vectors)
-        for row in range(0, rank, _WIDE):
-            part, a = min(_WIDE, rank - row), down[row * pairs :]
+        for row in range(0, rank, _MOST):
+            part, a = min(_MOST, rank - row), down[row * pairs :]
             _multiply(a, part, panel, pairs, _NONE, _NONE, 0, first, end, zeros, low, row, rank)
         if rank:
             _pack(low, vectors, rank, first, end, low_panel)
 
-    step = _WIDE if rows >= 2 * _WIDE * torch.get_num_threads() else _NARROW
+    # Few tiles, since each of their calls waits for the GIL, but one for each thread.
+    share = -(-rows // torch.get_num_threads())
+    step = max(_SLICE, min(_MOST, _LARGEST // columns, share + _SLICE - 1) // _SLICE * _SLICE)
 
     def work(first: int, end: int) -> None:
         a = np.empty(step * pairs, np.float32)

@@ -1,8 +1,8 @@
 """A quantised matrix times a few vectors on CPUs, without ever writing the matrix out.
 
 With few vectors a product costs less than moving the unpacked weights to memory and back. Here a
-tile of rows is unpacked by `numba_dequant`'s kernels and multiplied while it is in the second
-cache, all in float32. A sum runs in 64 lanes, whatever the machine, so results do not depend on it.
+tile of rows is unpacked by `numba_dequant`'s kernels and multiplied while it is in cache, all in
+float32. A sum runs in 64 lanes, whatever the machine, so results do not depend on it.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from .threads import in_threads
 
 MOST = 4  # vectors; with more of them a product by torch wins
 LANES = 64  # of a sum, so columns must be whole sixty-fours
-_TILE = 2**16  # weights in a tile: 256 KiB of float32
+_TILE = 2**19  # weights in a tile: each of its calls waits for the GIL, which costs more than cache
 
 
 @jit
