@@ -104,12 +104,16 @@ class StudentTask:
         config = self.config
         rate = min((index + 1) / config.warmup, 1.0, (1 - progress) / (1 - config.plateau))
         set_rates(self.optimizers, rate)
-        draw = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+        draw = self._draw(index)
         loss = self._loss(index, self._sample(index, draw), draw)
         self.metrics["gradient"] = update(loss, self.optimizers, config.clip)
         decay = warm(config.ema, index) if self.starts_far else config.ema
         average(self.ema, self.student.state_dict(), decay)
         return loss.detach()
+
+    def _draw(self, index: int) -> torch.Generator:
+        """The randomness of one step."""
+        return torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
 
     def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
         raise NotImplementedError

@@ -108,12 +108,39 @@ def test_proxy_follows_a_lora_too():
 
 
 def test_proxy_learns_the_students_latents():
-    task = toys.match(adversarial=0.0, proxy_rate=2e-3, proxy_steps=4, adam_rate=0.0, ida=1.0)
+    frozen = {"adam_rate": 0.0, "ida": 1.0, "adversarial": 0.0}
+    task = toys.match(**frozen, proxy_renoise="random", proxy_rate=2e-3, proxy_steps=4)
     losses = []
     for i in range(40):
         task.step(4 * i, 0.0)  # always of the first step
         losses.append(task.metrics["proxy"].item())
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+
+
+def test_the_proxy_learns_alone_at_first():
+    task = toys.match(proxy_warmup=2)
+    student, proxy = (
+        {name: value.clone() for name, value in network.state_dict().items()}
+        for network in (task.student, task.proxy)
+    )
+    name = "joint_blocks.0.x_block.mlp.fc1.weight"
+    for i in range(2):
+        task.step(i, 0.0)
+    assert torch.equal(task.student.state_dict()[name], student[name])
+    assert not torch.equal(task.proxy.state_dict()[name], proxy[name])
+    task.step(2, 0.0)
+    assert not torch.equal(task.student.state_dict()[name], student[name])
+
+
+@pytest.mark.parametrize(("how", "renoise"), [(None, "shared"), ("random", "random")])
+def test_the_proxy_sees_what_the_student_does_unless_told(monkeypatch, how, renoise):
+    task, seen = toys.match(proxy_renoise=how), []
+    plain = task._renoise
+    monkeypatch.setattr(
+        task, "_renoise", lambda kind, *rest: seen.append(kind) or plain(kind, *rest)
+    )
+    task.step(0, 0.0)
+    assert seen == ["shared", renoise]
 
 
 def test_only_the_branchs_steps_are_trained():

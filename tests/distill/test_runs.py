@@ -14,6 +14,7 @@ from fewstep.tests.distill import toys
 
 SIZES = {"depth": 1, "text_width": 32, "text_heads": 2, "t5_pieces": 8, "batch": 4, "warmup": 2}
 STUDENT = {"batch": 4, "warmup": 2}
+MATCH = STUDENT | {"proxy_warmup": 0}
 
 
 class Toy:
@@ -49,8 +50,8 @@ def write(folder, name, stage, settings, **others):
 def folder(tmp_path):
     write(tmp_path, "teacher", "teacher", SIZES)
     write(tmp_path, "first", "trajectory", STUDENT | {"batches": 2}, teacher="teacher")
-    write(tmp_path, "second", "match", STUDENT, teacher="teacher", start="first")
-    write(tmp_path, "third", "match", STUDENT | {"ema": 0.5}, teacher="teacher", start="second")
+    write(tmp_path, "second", "match", MATCH, teacher="teacher", start="first")
+    write(tmp_path, "third", "match", MATCH | {"ema": 0.5}, teacher="teacher", start="second")
     return tmp_path
 
 
