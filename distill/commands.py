@@ -13,7 +13,7 @@ from .match import RENOISE
 from .merge import RATIOS
 from .noise import noise_scale
 from .runs import Dataset, Run
-from .table import page
+from .table import EVALUATIONS, NOISE, page
 
 
 def train(options: Namespace, dataset: Dataset) -> None:
@@ -110,7 +110,7 @@ def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[s
         **(note or {}),
         **{key: round(value, 4) for key, value in scores.items()},
     }
-    _note(options.folder / "evaluations.jsonl", row)
+    _note(options.folder / EVALUATIONS, row)
     return scores
 
 
@@ -136,7 +136,7 @@ def noise(options: Namespace, dataset: Dataset) -> None:
                 "scale": round(noise_scale(task, step, options.batches), 1),
                 "batches": options.batches,
             }
-            _note(options.folder / "noise.jsonl", row)
+            _note(options.folder / NOISE, row)
 
 
 def table(options: Namespace, dataset: Dataset) -> None:

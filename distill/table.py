@@ -15,6 +15,7 @@ CATEGORIES = (
     "position",
     "attribute binding",
 )
+EVALUATIONS, NOISE = "evaluations.jsonl", "noise.jsonl"  # in a folder of runs
 _SAME = ("name", "steps", "cfg", "encoders", "captions", "ratio", "renoise", "sigma")
 
 
@@ -74,9 +75,20 @@ def noises(measured: list[dict]) -> str:
     return markdown(["student and proxy of", "re-noising", "step at", "samples", "batches"], lines)
 
 
+def lengths(folder: Path) -> str:
+    """How long each run was trained: the last line of its losses."""
+    lines = []
+    for path in sorted(folder.glob("*.jsonl")):
+        if path.name not in (EVALUATIONS, NOISE):
+            row = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+            minutes = f"{row['seconds'] / 60:.0f}"
+            lines.append([path.stem, str(row["step"]), str(row["samples"]), minutes])
+    return markdown(["run", "steps", "samples", "minutes"], lines)
+
+
 def page(folder: Path) -> str:
     """The whole page."""
-    evaluations = rows(folder / "evaluations.jsonl")
+    evaluations = rows(folder / EVALUATIONS)
     return f"""# The miniature, distilled
 
 `python -m distill table` makes this page from the runs' own logs.
@@ -88,6 +100,12 @@ on the machine that measured, others working on it too.
 
 {scores(evaluations)}
 
+## How long the runs were trained
+
+On the machine that trained them, other work beside them; as last logged.
+
+{lengths(folder)}
+
 ## Merging the two branches of split-timestep fine-tuning
 
 {sweep(evaluations)}
@@ -97,5 +115,5 @@ on the machine that measured, others working on it too.
 The batch in samples at which noise and signal are equal (`distill/noise.py`); a smaller one is
 better.
 
-{noises(rows(folder / "noise.jsonl"))}
+{noises(rows(folder / NOISE))}
 """
