@@ -12,7 +12,13 @@ from pathlib import Path
 from . import table
 
 # Paul Tol's bright scheme, told apart by colour-blind eyes too.
-COLOURS = {"fewstep": "#4477aa", "host": "#777777", "peer-gguf": "#ee6677", "cpp": "#ccbb44"}
+COLOURS = {
+    "fewstep": "#4477aa",
+    "runtime": "#66ccee",
+    "host": "#777777",
+    "peer-gguf": "#ee6677",
+    "cpp": "#ccbb44",
+}
 WIDTH, LEFT, ROW = 760, 190, 24
 INK, PALE = "#888888", "#dddddd"  # seen on light and on dark pages
 

@@ -5,7 +5,7 @@ from statistics import median
 OURS = "fewstep"
 LABELS = {
     "fewstep": "FewStep",
-    "runtime": "FewStep, in the runtime format",
+    "runtime": "FewStep, runtime format",
     "host": "ComfyUI, unquantised",
     "peer-gguf": "city96/ComfyUI-GGUF",
     "cpp": "stable-diffusion.cpp",
