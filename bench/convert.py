@@ -28,6 +28,8 @@ from safetensors.torch import save_file
 
 from bench.__main__ import RESULTS, Side
 from bench.machine import machine
+from bench.quantize import COLS, ggml_side
+from bench.quantize import seconds as clocked
 from quant.plan import make_plan
 from quant.recipes import recipe_or_type
 from quant.sources import open_source
@@ -39,14 +41,10 @@ RANK = 16
 
 def ggml_seconds(ggml: Ggml, qtype, weights: int, threads: int) -> float:
     """ggml's time for so many weights on so many threads."""
-    x = np.random.default_rng(0).normal(0, 0.02, (SAMPLE // 4096, 4096)).astype(np.float32)
-    out = ggml.quantize(x, qtype, None)
-    parts = np.array_split(np.arange(len(x)), threads)
-    start = time.perf_counter()
+    x = np.random.default_rng(0).normal(0, 0.02, (SAMPLE // COLS, COLS)).astype(np.float32)
     with ThreadPoolExecutor(threads) as pool:
-        work = lambda p: ggml.quantize_into(out[p[0] : p[-1] + 1], x[p[0] : p[-1] + 1], qtype, None)  # noqa: E731
-        list(pool.map(work, parts))
-    return (time.perf_counter() - start) * weights / SAMPLE
+        run = ggml_side(ggml, pool, threads, x, qtype, None)
+        return clocked(run, time.perf_counter) * weights / SAMPLE
 
 
 def copy_seconds(source: Path, target: Path) -> float:

@@ -29,7 +29,7 @@ from .numba_vector import (
 from .threads import in_threads
 
 GROUP = 256  # columns that are rotated together
-_LEAST, _SIXTEENTH = f4(1e-30), f4(1 / 16)
+_LEAST = f4(1e-30)  # a scale of zeros
 
 
 @helper
@@ -46,7 +46,7 @@ def _butterflies(t, step):
 
 @helper
 def _rotate(x, y, t):
-    """y = x (columns,) rotated; t (256,) and as much again is room to work in."""
+    """y = x (columns,) rotated; t (256,) is room to work in."""
     for start in range(0, len(x), GROUP):
         transpose(x, start, LANES, t, 0)
         _butterflies(t, 1)
