@@ -7,8 +7,6 @@ What the file itself keeps in 16 bits or more stays as it is, and so does everyt
 processor lacks the format.
 """
 
-import importlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,9 +17,8 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy_kitchen.tensor import get_layout_class
 
+from ..quant.kernels import find_kernels
 from ..quant.measure import Errors, all_finite
-
-log = logging.getLogger(__name__)
 
 EXACT = "exact"
 _INT8 = "TensorWiseINT8Layout"
@@ -146,11 +143,7 @@ def here() -> str:
 @cache
 def _int8_kernels() -> ModuleType | None:
     """Compiled kernels for the CPU, if numba is there and works."""
-    try:
-        return importlib.import_module("..quant.numba_int8", __package__)
-    except ImportError as error:
-        log.info("multiplying int8 without numba, which is slower: %s", error)
-        return None
+    return find_kernels("numba_int8", "multiplying int8")
 
 
 def _multiply_int8(ours: ModuleType, x: torch.Tensor, weight: QuantizedTensor, bias):

@@ -1,13 +1,12 @@
 """Attention by a compiled kernel, on the CPUs where torch's own is slow at bfloat16."""
 
-import logging
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from .kernels import find_kernels
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
@@ -28,9 +27,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
 @cache
 def _kernel() -> ModuleType | None:
     """The compiled kernel, if numba is there and the CPU has the instructions."""
-    try:
-        from . import numba_attention, numba_tile
-    except ImportError as error:
-        log.info("attention on the CPU without numba, which may be slower: %s", error)
-        return None
-    return numba_attention if numba_tile.SUPPORTED else None
+    doing = "attending on the CPU"
+    tile = find_kernels("numba_tile", doing)
+    return find_kernels("numba_attention", doing) if tile and tile.SUPPORTED else None

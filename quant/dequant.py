@@ -8,7 +8,6 @@ Where numba is installed, its kernels do the work on the CPU, where triton is, i
 same numbers, much faster.
 """
 
-import importlib
 import logging
 import math
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from .errors import GGUFError
+from .kernels import find_kernels
 from .types import PLAIN_TYPES, QTYPES, find_type
 
 log = logging.getLogger(__name__)
@@ -178,13 +178,7 @@ def _kernels(device: str) -> ModuleType | None:
 @cache
 def _found(device: str) -> ModuleType | None:
     name = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device)
-    if name is None:
-        return None
-    try:
-        return importlib.import_module(f".{name}_dequant", __package__)
-    except ImportError as error:  # not installed, or it refuses this numpy
-        log.info("dequantising on %s without %s, which is slower: %s", device, name, error)
-        return None
+    return find_kernels(f"{name}_dequant", f"dequantising on {device}") if name else None
 
 
 def _give_up(device: str, error: Exception) -> None:

@@ -1,6 +1,5 @@
 """How far a quantised tensor is from the original, summed up piece by piece in float64."""
 
-import logging
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from .kernels import find_kernels
 
 
 @dataclass
@@ -88,12 +87,7 @@ def all_finite(x: Tensor) -> bool:
 @cache
 def _kernels() -> ModuleType | None:
     """The compiled kernels, if numba is there and works."""
-    try:
-        from . import numba_measure
-    except ImportError as error:  # not installed, or it refuses this numpy
-        log.info("measuring errors without numba, which is slower: %s", error)
-        return None
-    return numba_measure
+    return find_kernels("numba_measure", "measuring errors")
 
 
 def _sums(x: Tensor, y: Tensor) -> tuple[float, float, float, float, float]:

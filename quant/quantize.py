@@ -4,7 +4,6 @@ ggml is the oracle (tests/golden): its sums are taken in its order and its round
 Where numba is installed, its kernels do the work for tensors on the CPU: the same bytes, faster.
 """
 
-import logging
 from functools import cache, partial
 from types import ModuleType
 
@@ -15,11 +14,10 @@ from torch import Tensor
 from . import effort as efforts
 from .codebook import NEED_IMPORTANCE
 from .errors import GGUFError
+from .kernels import find_kernels
 from .measure import all_finite
 from .rounding import divide, ordered_sum, square_root
 from .types import PLAIN_TYPES, QTYPES, find_type
-
-log = logging.getLogger(__name__)
 
 _TILE = 2**22  # weights in flight; the torch formulation holds a dozen copies of them
 _EXACT_DEVICES = ("cpu", "cuda")  # others may lack float64, which roundings need
@@ -96,12 +94,7 @@ def writable_types() -> list[GGMLQuantizationType]:
 @cache
 def _kernels() -> ModuleType | None:
     """The compiled kernels, if numba is there and works."""
-    try:
-        from . import numba_quantize
-    except ImportError as error:  # not installed, or it refuses this numpy
-        log.info("quantising on the CPU without numba, which is slower: %s", error)
-        return None
-    return numba_quantize
+    return find_kernels("numba_quantize", "quantising on the CPU")
 
 
 def _kernels_for(x: Tensor, qtype: GGMLQuantizationType) -> ModuleType | None:
