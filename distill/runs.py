@@ -123,7 +123,7 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
     given = (settings, teacher, _data(dataset, settings, encoders), start, device)
     if run.stage == "match":
         return MatchTask(*given)
-    return TrajectoryTask(*given, folder=folder / f"{run.name}-states")
+    return TrajectoryTask(*given, folder=folder / f"{settings.states or run.name}-states")
 
 
 def _data(dataset: Dataset, settings, encoders: int):

@@ -6,6 +6,7 @@ s_0 = 1 > … > s_n = 0. From each x_i on it the student learns the straight way
     loss = ‖v(x_i, s_i, text) − (x_{i+1} − x_i) / (s_{i+1} − s_i)‖²
 
 Trajectories are made when first needed and kept on disk: they cost more than the learning does.
+Those of four steps serve two as well.
 Source: SD3.5-Flash, arXiv 2509.21318 (regression onto the teacher's multi-step integrals; how many
 of its steps make one, and that states are the teacher's own, are our choices).
 """
@@ -37,8 +38,9 @@ DECISIVE = (
 class TrajectoryConfig(StudentConfig):
     muon_rate: float = 1e-3
     adam_rate: float = 5e-4
-    teacher_steps: int = 16  # along the whole trajectory, shared out by length in sigma
-    batches: int = 96  # of trajectories; then they are seen again, each time at another x_i
+    teacher_steps: int = 24  # along the whole trajectory, as many to each step of the student
+    batches: int = 128  # of trajectories; then they are seen again, each time at another x_i
+    states: str | None = None  # run whose trajectories are used, if they pass all `sigmas`
 
 
 class TrajectoryTask(StudentTask):
@@ -49,12 +51,8 @@ class TrajectoryTask(StudentTask):
     def __init__(self, config: TrajectoryConfig, *args, folder: Path, **kwargs):
         super().__init__(config, *args, **kwargs)
         self.folder = folder
-        self.fine = [torch.linspace(a, b, 1 + k) for a, b, k in self._intervals()]
-
-    def _intervals(self) -> list[tuple[float, float, int]]:
-        """(from, to, teacher steps) of each step of the student."""
-        steps = self.config.teacher_steps
-        return [(a, b, max(1, round(steps * (a - b)))) for a, b in pairwise(self.sigmas.tolist())]
+        each = max(1, round(config.teacher_steps / (len(self.sigmas) - 1)))
+        self.fine = [torch.linspace(a, b, 1 + each) for a, b in pairwise(self.sigmas.tolist())]
 
     def _sample(self, index: int, draw: torch.Generator) -> Sample:
         """Of the batch whose trajectories are used: with the prompts that they were made of."""
@@ -77,8 +75,12 @@ class TrajectoryTask(StudentTask):
         made = {key: getattr(self.config, key) for key in DECISIVE}
         if path.exists():
             kept = load_checkpoint(path)
-            check_config(path, kept.get("made", {}), made)
-            return kept["states"].to(self.device).float()
+            passed, needed = kept["made"]["sigmas"], made["sigmas"]
+            if set(needed) <= set(passed):
+                made["sigmas"] = passed
+            check_config(path, kept["made"], made)
+            rows = [passed.index(sigma) for sigma in needed]
+            return kept["states"][rows].to(self.device).float()
         x, states = sample.noise, [sample.noise]
         for fine in self.fine:
             for sigma, following in pairwise(fine):

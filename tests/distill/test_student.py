@@ -49,12 +49,13 @@ def test_trajectory_is_the_teachers_with_guidance(tmp_path):
     sample = task._sample(1, torch.Generator())
     states = task._trajectory(1, sample)
     x, told, untold = sample.noise, sample.told, sample.untold
-    fine = torch.linspace(1, 0.9, 2)  # 8 steps of the whole: 0.8 of one, at least one
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        sigma = fine[0].expand(4)
-        with_text = modules.velocity(task.teacher.mmdit, x, sigma, *told).float()
-        without = modules.velocity(task.teacher.mmdit, x, sigma, *untold).float()
-    expected = x - 0.1 * (without + 3 * (with_text - without))
+    expected = x
+    for sigma in (torch.tensor(1.0), torch.tensor(0.95)):  # 8 steps of the teacher for 4
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            levels = sigma.expand(4)
+            with_text = modules.velocity(task.teacher.mmdit, expected, levels, *told).float()
+            without = modules.velocity(task.teacher.mmdit, expected, levels, *untold).float()
+        expected = expected - 0.05 * (without + 3 * (with_text - without))
     assert states.shape == (5, 4, *toys.SHAPE)
     # half precision on disk, and a batch of eight instead of two of four
     assert torch.allclose(states[1], expected, atol=5e-3)
@@ -74,6 +75,16 @@ def test_trajectories_of_another_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"00000\.pt .*guidance 3\.0 \(now 5\.0\)"):
         toys.trajectory(tmp_path, guidance=5.0).step(0, 0.0)
     toys.trajectory(tmp_path, adam_rate=1e-3).step(0, 0.0)  # which changes no trajectory
+
+
+def test_trajectories_of_four_steps_serve_two(tmp_path):
+    four = toys.trajectory(tmp_path)
+    sample = four._sample(0, torch.Generator())
+    made = four._trajectory(0, sample)
+    two = toys.trajectory(tmp_path, sigmas=(1.0, 0.75, 0.0))
+    assert torch.equal(two._trajectory(0, sample), made[[0, 2, 4]].half().float())
+    with pytest.raises(ValueError, match=r"sigmas .*0\.8"):
+        toys.trajectory(tmp_path, sigmas=(1.0, 0.8, 0.0))._trajectory(0, sample)
 
 
 def test_trajectory_loss_falls(tmp_path):
