@@ -1,5 +1,6 @@
 """Write a trained demo model as the GGUF files that ship, named as ComfyUI names tensors."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from ..distill.model import END, T5_END, T5_PAD, T5_UNKNOWN, FlowModel, ModelCon
 from ..flow import Preset, preset_to_metadata, uniform
 from ..host import modules, names
 from ..quant import write_gguf
+from ..quant.convert import convert
+from ..quant.plan import make_plan
+from ..quant.recipes import recipe_named
+from ..quant.sources import open_source
 from .prompts import PIECES
 
 NAME = "fewstep-demo"
@@ -33,8 +38,7 @@ PRESET = Preset(
     sure="H",
     source="this repository: python -m demo train",
 )
-# Where SD3 checkpoints usually keep more than 8 bits: what meets noise, time, text and pixels.
-_DELICATE = ("x_embedder.", "t_embedder.", "y_embedder.", "final_layer.", "pos_embed")
+RECIPE = "flash-8"
 
 Entry = tuple[str, Tensor | tuple[Tensor, QType, tuple[int, ...]]]
 
@@ -44,12 +48,12 @@ def _q8_0(name: str, weight: Tensor) -> Entry:
     return name, (blocks, QType.Q8_0, tuple(weight.shape))
 
 
-def _mmdit_tensors(mmdit: nn.Module) -> Iterator[Entry]:
-    for name, value in mmdit.state_dict().items():
-        if value.ndim == 2 and not name.startswith(_DELICATE):
-            yield _q8_0(name, value)
-        else:
-            yield name, value.float() if value.ndim < 2 else value.half()
+def write_mmdit(mmdit: nn.Module, path: Path, metadata: dict, recipe: str = RECIPE) -> None:
+    """Write an MMDiT as one of quant's recipes has it."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder) / path.name
+        write_gguf(whole, "sd3", metadata, mmdit.state_dict().items())
+        convert(make_plan(open_source(whole), recipe_named(recipe)), path)
 
 
 def _text_tensors(model: FlowModel) -> Iterator[Entry]:
@@ -114,12 +118,17 @@ def _vae_tensors(vae: nn.Module) -> Iterator[Entry]:
 
 @torch.no_grad()
 def export(
-    model: FlowModel, vae: nn.Module, config: ModelConfig, folder: Path, preset: Preset = PRESET
+    model: FlowModel,
+    vae: nn.Module,
+    config: ModelConfig,
+    folder: Path,
+    preset: Preset = PRESET,
+    recipe: str = RECIPE,
 ) -> list[Path]:
     """Write the files below `folder`, each whole or not at all; their paths.
 
     They are as many as FILES, less T5's for a model without one. `preset` is what the model's file
-    says of how it is sampled.
+    says of how it is sampled, `recipe` how the MMDiT is quantised.
     """
     model, vae = model.cpu(), vae.cpu()
     sizes = {
@@ -136,7 +145,7 @@ def export(
         path.parent.mkdir(parents=True, exist_ok=True)
     named = {"general.name": preset.name, "general.license": "apache-2.0"}
     sampled = preset_to_metadata(preset)
-    write_gguf(paths["mmdit"], "sd3", named | sampled, _mmdit_tensors(model.mmdit))
+    write_mmdit(model.mmdit, paths["mmdit"], named | sampled, recipe)
     write_gguf(paths["text"], "clip", named | text_metadata, _text_tensors(model))
     write_gguf(paths["vae"], "taesd", named, _vae_tensors(vae))
     if config.t5_pieces:

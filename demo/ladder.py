@@ -42,13 +42,19 @@ class Pictures:
 
     def latents(self, model, prompts: Sequence[str], seed: int = 0) -> dict:
         """LATENT of as many pictures as prompts, in the checkpoint's own number of steps."""
+        preset, positive = self.preset, self._conditioning(prompts)
+        negative = None if preset.cfg == 1 else self._conditioning([""] * len(prompts))
+        empty = {"samples": torch.zeros(len(prompts), *LATENT)}
+        sampler = sampling.make_sampler(sampling.AUTO_RULE, preset)
+        return sampling.sample(
+            model, positive, negative, empty, seed, preset.cfg, sampler, preset.sigmas()
+        )
+
+    def _conditioning(self, prompts: Sequence[str]) -> list:
+        """CONDITIONING of as many pictures as prompts."""
         told = [encode(self.clip, prompt, preset=self.preset)[0] for prompt in prompts]
         pooled = torch.cat([extra["pooled_output"] for _, extra in told])
-        positive = [[torch.cat([cond for cond, _ in told]), {"pooled_output": pooled}]]
-        empty = {"samples": torch.zeros(len(prompts), *LATENT)}
-        sampler = sampling.make_sampler(sampling.AUTO_RULE, self.preset)
-        sigmas = self.preset.sigmas()
-        return sampling.sample(model, positive, None, empty, seed, self.preset.cfg, sampler, sigmas)
+        return [[torch.cat([cond for cond, _ in told]), {"pooled_output": pooled}]]
 
     @torch.no_grad()
     def draw(self, model, prompts: Sequence[str], seed: int = 0) -> np.ndarray:

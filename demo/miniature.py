@@ -1,6 +1,8 @@
 """The miniature as a data set for `python -m distill`: scenes to learn, sheets, and scores."""
 
+import tempfile
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +12,13 @@ from torch import Tensor
 from ..distill.model import FlowModel
 from ..flow import Preset
 from ..host import modules
+from ..host.loading import load_diffusion_model
 from . import categories, recipe
 from .captions import KINDS, draw_captions
 from .evaluate import contact_sheet, draw_pictures
-from .export import FILES
+from .export import FILES, write_mmdit
 from .export import export as write_files
+from .ladder import Pictures
 from .prompts import PIECES
 from .shipped import MODELS, read_weights
 
@@ -58,5 +62,26 @@ class Miniature:
         scores = categories.judge(wanted, np.concatenate(pictures), self.vae.taesd_encoder)
         return scores | {"seconds": seconds}
 
-    def export(self, model: FlowModel, preset: Preset, folder: Path) -> list[Path]:
-        return write_files(model, self.vae, model.config, folder, preset)
+    def quantised(self, model: FlowModel, recipe: str) -> FlowModel:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "quantised.gguf"
+            write_mmdit(model.mmdit, path, {}, recipe)
+            model.mmdit.load_state_dict(read_weights(path))
+        return model
+
+    def export(self, model: FlowModel, preset: Preset, folder: Path, recipe: str) -> list[Path]:
+        return write_files(model, self.vae, model.config, folder, preset, recipe)
+
+    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[float]]:
+        """Alternately one picture by each folder's files: text, sampling and VAE as a graph has."""
+        prompt, drawn, models = "a red circle on a blue background", [], []
+        for folder in folders:
+            drawn.append(Pictures(folder))
+            models.append(load_diffusion_model(str(folder / FILES["mmdit"])))
+        seconds: list[list[float]] = [[] for _ in folders]
+        for turn in range(turns + 1):
+            for pictures, model, taken in zip(drawn, models, seconds, strict=True):
+                start = time.perf_counter()
+                pictures.draw(model, [prompt], seed=turn)
+                taken.append(time.perf_counter() - start)
+        return [taken[1:] for taken in seconds]  # the first ones load and compile

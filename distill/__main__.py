@@ -1,7 +1,7 @@
 """Distil a few-step model, a stage at a time.
 
     python -m distill align | teacher | trajectory | match | split | merge
-    python -m distill eval | noise | table | export
+    python -m distill eval | time | noise | table | export
 
 Each stage reads a configuration (see `distill/configs` and `distill/runs.py`), goes on from its own
 checkpoint after a kill at any moment, and leaves losses and sample sheets in the folder.
@@ -49,10 +49,16 @@ def parse_arguments() -> argparse.Namespace:
     evaluate.add_argument("name", nargs="+", help="of runs")
     evaluate.add_argument("--steps", type=int, help="default the run's own; a teacher's are 50")
     evaluate.add_argument("--cfg", type=float, help="default the run's own: a student's is 1")
+    evaluate.add_argument("--recipe", help="quantised so first, as quant's recipe of that name")
     evaluate.add_argument("--sheet", action="store_true", help="draw a sheet as well")
     export = commands.add_parser("export", help="a run's GGUF files, with fewstep.* metadata")
     export.add_argument("name", help="of the run")
     export.add_argument("--models", required=True, type=Path, help="folder to write below")
+    time = commands.add_parser("time", help="seconds a picture through ComfyUI, runs in turns")
+    time.add_argument("name", nargs="+", help="of runs")
+    time.add_argument("--turns", type=int, default=9, help="default 9")
+    for command in (export, time):
+        command.add_argument("--recipe", default="flash-8", help="of the model; default flash-8")
     noise = commands.add_parser("noise", help="how noisy the gradient is, shared and random")
     noise.add_argument("--config", default="match")
     noise.add_argument("--name", help="of the run; default the configuration's")

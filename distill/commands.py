@@ -1,9 +1,11 @@
 """What `python -m distill` does once ComfyUI is importable; see `__main__` for the options."""
 
 import json
-import time
+import statistics
+import tempfile
 from argparse import Namespace
 from pathlib import Path
+from time import perf_counter
 
 from PIL import Image
 
@@ -13,7 +15,7 @@ from .match import RENOISE
 from .merge import RATIOS
 from .noise import noise_scale
 from .runs import Dataset, Run
-from .table import EVALUATIONS, NOISE, page
+from .table import EVALUATIONS, NOISE, TIMES, page
 
 
 def train(options: Namespace, dataset: Dataset) -> None:
@@ -48,9 +50,9 @@ def dry_run(run: Run, folder: Path, dataset: Dataset, device: str) -> str:
     """A line for each setting, then what one step says of memory and time; nothing is saved."""
     task = runs.build(run, folder, dataset, device)
     task.step(0, 0.0)  # what is only needed once is not timed
-    start = time.perf_counter()
+    start = perf_counter()
     loss = task.step(1, 0.0)
-    seconds = time.perf_counter() - start
+    seconds = perf_counter() - start
     size = sum(value.nbytes for value in _tensors(task.state_dict()))
     steps = -(-run.samples // task.batch)
     lines = [f"{key}: {value}" for key, value in run.described().items()]
@@ -77,7 +79,8 @@ def merge(options: Namespace, dataset: Dataset) -> None:
     scores = {}
     for ratio in ratios:
         runs.merge_runs(options.folder, run, ratio)
-        scores[ratio] = _evaluate(run.name, options, dataset, note={"ratio": ratio})["overall"]
+        scored = _evaluate(run.name, options, dataset, note={"ratio": ratio})
+        scores[ratio] = scored["overall"], scored["right"]
     best = max(scores, key=scores.get)
     print(f"{runs.merge_runs(options.folder, run, best)}: ratio {best} of the high branch")
 
@@ -85,7 +88,8 @@ def merge(options: Namespace, dataset: Dataset) -> None:
 def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
     """Score runs, and add a line to evaluations.jsonl for each."""
     for name in options.name:
-        _evaluate(name, options, dataset, options.steps, options.cfg)
+        note = {"recipe": options.recipe} if options.recipe else {}
+        _evaluate(name, options, dataset, options.steps, options.cfg, note)
         if options.sheet:
             config = load_checkpoint(options.folder / f"{name}.pt")["config"]
             sigmas, cfg = runs.schedule(config, options.steps)
@@ -96,10 +100,15 @@ def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
 
 
 def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[str, float]:
-    config = runs.checkpoint(options.folder, name)["config"]
+    state = runs.checkpoint(options.folder, name)
+    config = state["config"]
     sigmas, own = runs.schedule(config, steps)
     cfg = own if cfg is None else cfg
     model = runs.load_model(options.folder, name, dataset)
+    told = {key: config[key] for key in ("stage", "renoise", "seed") if key in config}
+    note = told | {"trained": state.get("done", {}).get("samples")} | (note or {})
+    if "recipe" in note:
+        model = dataset.quantised(model, note["recipe"])
     scores = dataset.evaluate(model, sigmas, cfg, options.captions, options.encoders)
     row = {
         "name": name,
@@ -107,7 +116,7 @@ def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[s
         "cfg": cfg,
         "encoders": options.encoders,
         "captions": options.captions,
-        **(note or {}),
+        **note,
         **{key: round(value, 4) for key, value in scores.items()},
     }
     _note(options.folder / EVALUATIONS, row)
@@ -116,10 +125,33 @@ def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[s
 
 def export(options: Namespace, dataset: Dataset) -> None:
     """Write a run's GGUF files, whose metadata say how it is sampled."""
-    model = runs.load_model(options.folder, options.name, dataset)
-    preset = runs.preset_of(options.name, runs.checkpoint(options.folder, options.name)["config"])
-    for path in dataset.export(model, preset, options.models):
+    for path in _export(options.name, options.models, options, dataset):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _export(name: str, models: Path, options: Namespace, dataset: Dataset) -> list[Path]:
+    model = runs.load_model(options.folder, name, dataset)
+    preset = runs.preset_of(name, runs.checkpoint(options.folder, name)["config"])
+    return dataset.export(model, preset, models, options.recipe)
+
+
+def time(options: Namespace, dataset: Dataset) -> None:
+    """Time runs side by side as their users would: files, loaded and drawn by ComfyUI."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder) / str(number) for number in range(len(options.name))]
+        for name, models in zip(options.name, folders, strict=True):
+            _export(name, models, options, dataset)
+        drawn = dataset.through_host(folders, options.turns)
+    for name, seconds in zip(options.name, drawn, strict=True):
+        row = {
+            "name": name,
+            "steps": len(runs.schedule(runs.checkpoint(options.folder, name)["config"])[0]) - 1,
+            "seconds": round(statistics.median(seconds), 4),
+            "fastest": round(min(seconds), 4),
+            "slowest": round(max(seconds), 4),
+            "turns": options.turns,
+        }
+        _note(options.folder / TIMES, row)
 
 
 def noise(options: Namespace, dataset: Dataset) -> None:

@@ -56,8 +56,14 @@ class Dataset(Protocol):
     ) -> dict[str, float]:
         """Scores by name, "overall" among them."""
 
-    def export(self, model: FlowModel, preset: Preset, folder: Path) -> list[Path]:
+    def quantised(self, model: FlowModel, recipe: str) -> FlowModel:
+        """The model as a file of one of quant's recipes holds it."""
+
+    def export(self, model: FlowModel, preset: Preset, folder: Path, recipe: str) -> list[Path]:
         """Write the model's GGUF files below `folder`; their paths."""
+
+    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[float]]:
+        """Seconds a picture by each folder's files, loaded and drawn by ComfyUI, in turns."""
 
 
 @dataclass(frozen=True)

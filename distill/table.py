@@ -1,10 +1,12 @@
-"""The tables of a folder of runs, made from evaluations.jsonl and noise.jsonl: `docs/distilled.md`.
+"""The tables of a folder of runs, made from what they logged: `docs/distilled.md`.
 
 Of several lines that measure the same thing the last one counts.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 CATEGORIES = (
@@ -15,8 +17,14 @@ CATEGORIES = (
     "position",
     "attribute binding",
 )
-EVALUATIONS, NOISE = "evaluations.jsonl", "noise.jsonl"  # in a folder of runs
-_SAME = ("name", "steps", "cfg", "encoders", "captions", "ratio", "renoise", "sigma")
+EVALUATIONS, NOISE, TIMES = "evaluations.jsonl", "noise.jsonl", "times.jsonl"  # in a folder of runs
+TEACHER, STUDENT, TWO_STEPS = (
+    "teacher",
+    "split",
+    "match-2",
+)  # runs that the paper's claims are about
+PLAIN = "no t5"  # the encoders with which runs are compared
+_SAME = ("name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "renoise", "sigma")
 
 
 def rows(path: Path) -> list[dict]:
@@ -33,43 +41,92 @@ def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(part)} |" for part in parts)
 
 
-def scores(evaluations: list[dict]) -> str:
-    """Every run, as it is drawn: categories in %, and how much faster than the first teacher."""
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def shares(row: dict) -> list[str]:
+    """What is told of a run in a word: overall, right, Fréchet distance."""
+    return [percent(row["overall"]), percent(row["right"]), f"{row['frechet']:.4f}"]
+
+
+def scores(evaluations: list[dict], times: list[dict]) -> str:
+    """Every run as it is drawn by default: categories in %, and its time through ComfyUI."""
     lines = []
-    for row in (row for row in evaluations if "ratio" not in row):
-        shares = [f"{100 * row[key]:.1f}" for key in (*CATEGORIES, "overall", "right")]
-        drawn = [row["name"], str(row["steps"]), f"{row['cfg']:g}", row["encoders"]]
-        measured = [f"{row['frechet']:.4f}", f"{row['seconds']:.2f} s", str(row["captions"])]
-        lines.append(drawn + shares + measured)
-    heads = ["run", "steps", "CFG", "encoders", *CATEGORIES, "overall", "right"]
-    return markdown([*heads, "Fréchet", "a picture", "captions"], lines)
+    for row in evaluations:
+        if row["encoders"] != PLAIN or "ratio" in row or "recipe" in row:
+            continue
+        each = [percent(row[key]) for key in (*CATEGORIES, "overall", "right")]
+        drawn = [row["name"], str(row["steps"]), f"{row['cfg']:g}"]
+        own = [
+            t["seconds"] for t in times if (t["name"], t["steps"]) == (row["name"], row["steps"])
+        ]
+        measured = [f"{row['frechet']:.4f}", f"{own[0]:.3f} s" if own else "", str(row["captions"])]
+        lines.append(drawn + each + measured)
+    heads = ["run", "steps", "CFG", *CATEGORIES, "overall", "right", "Fréchet", "a picture"]
+    return markdown([*heads, "captions"], lines)
+
+
+def variants(evaluations: list[dict], key: str, head: str) -> str:
+    """Runs that were scored with several values of `key`: "encoders", or "recipe"."""
+    seen = defaultdict(set)
+    for row in evaluations:
+        seen[row["name"], row["steps"]].add(row.get(key))
+    lines = [
+        [row["name"], str(row["steps"]), row[key], *shares(row), str(row["captions"])]
+        for row in evaluations
+        if row.get(key) and "ratio" not in row and len(seen[row["name"], row["steps"]]) > 1
+        if key == "recipe" or "recipe" not in row
+    ]
+    return markdown(["run", "steps", head, "overall", "right", "Fréchet", "captions"], lines)
+
+
+def sharing(evaluations: list[dict]) -> dict[str, list[dict]]:
+    """Runs that differ in re-noising and seed alone, by re-noising: "shared" and "random"."""
+    groups = defaultdict(lambda: defaultdict(dict))
+    for row in evaluations:
+        if row.get("stage") == "match" and row["encoders"] == PLAIN and "recipe" not in row:
+            alike = row["trained"], row["steps"], row["captions"]
+            groups[alike][row["renoise"]][row["seed"]] = row
+    both = [group for group in groups.values() if len(group) > 1]
+    chosen = max(both, key=lambda group: sum(map(len, group.values())), default={})
+    return {how: list(chosen[how].values()) for how in sorted(chosen, reverse=True)}
+
+
+def seeds(evaluations: list[dict]) -> str:
+    """Timestep sharing against random re-noising: each seed, and mean and deviation over them."""
+    lines = []
+    for how, runs in sharing(evaluations).items():
+        for row in runs:
+            lines.append([how, str(row["seed"]), str(row["trained"]), *shares(row)])
+        if len(runs) > 1:
+            parts = {
+                key: (statistics.mean(r[key] for r in runs), statistics.stdev(r[key] for r in runs))
+                for key in ("overall", "right", "frechet")
+            }
+            ends = [f"{100 * m:.1f} ± {100 * d:.1f}" for m, d in list(parts.values())[:2]]
+            ends.append("{:.4f} ± {:.4f}".format(*parts["frechet"]))
+            lines.append([how, "mean", str(runs[0]["trained"]), *ends])
+    return markdown(["re-noising", "seed", "samples", "overall", "right", "Fréchet"], lines)
 
 
 def sweep(evaluations: list[dict]) -> str:
     """Merge ratios of the two branches."""
-    merged = [row for row in evaluations if "ratio" in row]
+    merged = sorted(
+        (row for row in evaluations if "ratio" in row), key=lambda r: (r["name"], r["ratio"])
+    )
     lines = [
-        [
-            row["name"],
-            f"{row['ratio']:g}",
-            f"{100 * row['overall']:.1f}",
-            f"{100 * row['right']:.1f}",
-        ]
-        for row in sorted(merged, key=lambda row: (row["name"], row["ratio"]))
+        [row["name"], f"{row['ratio']:g}", *shares(row), str(row["captions"])] for row in merged
     ]
-    return markdown(["run", "share of the high branch", "overall", "right"], lines)
+    heads = ["run", "share of the high branch", "overall", "right", "Fréchet", "captions"]
+    return markdown(heads, lines)
 
 
 def noises(measured: list[dict]) -> str:
     """The gradient's noise scale with either way of re-noising."""
     lines = [
-        [
-            row["name"],
-            row["renoise"],
-            f"{row['sigma']:g}",
-            f"{row['scale']:.0f}",
-            str(row["batches"]),
-        ]
+        [row[key] for key in ("name", "renoise")]
+        + [f"{row['sigma']:g}", f"{row['scale']:.0f}", str(row["batches"])]
         for row in measured
     ]
     return markdown(["student and proxy of", "re-noising", "step at", "samples", "batches"], lines)
@@ -79,41 +136,149 @@ def lengths(folder: Path) -> str:
     """How long each run was trained: the last line of its losses."""
     lines = []
     for path in sorted(folder.glob("*.jsonl")):
-        if path.name not in (EVALUATIONS, NOISE):
+        if path.name not in (EVALUATIONS, NOISE, TIMES):
             row = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
             minutes = f"{row['seconds'] / 60:.0f}"
             lines.append([path.stem, str(row["step"]), str(row["samples"]), minutes])
     return markdown(["run", "steps", "samples", "minutes"], lines)
 
 
+def claims(evaluations: list[dict], times: list[dict], measured: list[dict]) -> str:
+    """What SD3.5-Flash claims, or FewStep sets out to reach, and whether these runs have it."""
+
+    def score(name: str, steps: int, encoders: str = PLAIN, **others: str) -> float | None:
+        found = [
+            row
+            for row in evaluations
+            if (row["name"], row["steps"], row["encoders"]) == (name, steps, encoders)
+            and "ratio" not in row
+            and row.get("recipe") == others.get("recipe")
+        ]
+        return max(found, key=lambda row: row["captions"])["overall"] if found else None
+
+    def seconds(name: str) -> float | None:
+        return next((row["seconds"] for row in times if row["name"] == name), None)
+
+    def mean(how: str, key: str) -> float | None:
+        runs = sharing(evaluations).get(how)
+        return statistics.mean(row[key] for row in runs) if runs else None
+
+    def scale(how: str) -> float | None:
+        found = [row["scale"] for row in measured if row["renoise"] == how]
+        return statistics.median(found) if found else None
+
+    student, two, teacher = score(STUDENT, 4), score(TWO_STEPS, 2), score(TEACHER, 50)
+    holds: list[tuple[str, float | None, float | None, Callable[[float, float], bool], str]] = [
+        ("4 steps, at least its teacher in 50 with CFG", student, teacher, _reaches, "%"),
+        ("4 steps, at least 90 %", student, 0.9, _reaches, "%"),
+        ("2 steps, at least 0.95 of 4 steps", two, student and 0.95 * student, _reaches, "%"),
+        (
+            "6 bits, within 1 point of 16",
+            score(STUDENT, 4, recipe="flash-6"),
+            (whole := score(STUDENT, 4, recipe="flash-16")) and whole - 0.01,
+            _reaches,
+            "%",
+        ),
+        (
+            "18 times as fast as the teacher, in seconds a picture",
+            seconds(STUDENT),
+            (slow := seconds(TEACHER)) and slow / 18,
+            lambda a, b: a <= b,
+            "s",
+        ),
+        (
+            "without T5, at most 5 points less than with it",
+            student,
+            (full := score(STUDENT, 4, "both")) and full - 0.05,
+            _reaches,
+            "%",
+        ),
+        (
+            "timestep sharing above random re-noising, overall, mean of seeds",
+            mean("shared", "overall"),
+            mean("random", "overall"),
+            _reaches,
+            "%",
+        ),
+        (
+            "timestep sharing's gradient less noisy, in samples",
+            scale("shared"),
+            scale("random"),
+            lambda a, b: a < b,
+            "",
+        ),
+        ("split-timestep fine-tuning above none", student, score("match", 4), _reaches, "%"),
+    ]
+    lines = [
+        [what, _told(seen, unit), _told(bar, unit), "yes" if check(seen, bar) else "no"]
+        for what, seen, bar, check, unit in holds
+        if seen is not None and bar is not None
+    ]
+    return markdown(["claim", "here", "to reach", "reproduced"], lines)
+
+
+def _reaches(seen: float, bar: float) -> bool:
+    return round(seen, 4) >= round(bar, 4)
+
+
+def _told(value: float, unit: str) -> str:
+    if unit == "%":
+        return f"{percent(value)} %"
+    return f"{value:.3f} s" if unit == "s" else f"{value:.0f}"
+
+
 def page(folder: Path) -> str:
     """The whole page."""
-    evaluations = rows(folder / EVALUATIONS)
+    evaluations, times = rows(folder / EVALUATIONS), rows(folder / TIMES)
+    measured = rows(folder / NOISE)
     return f"""# The miniature, distilled
 
-`python -m distill table` makes this page from the runs' own logs.
+`python -m distill table` makes this page from the runs' own logs. Shares in % of captions that were
+kept from training, in GenEval's six categories and their mean (overall); right: everything at once,
+the background too (`demo/categories.py`). Fréchet: distance to true scenes of the same captions in
+features of the scene VAE.
 
-Shares in % of captions that were kept from training, in GenEval's six categories and their mean
-(overall); right: everything at once, the background too (`demo/categories.py`). Fréchet: distance
-to true scenes of the same captions in features of the scene VAE. A picture: seconds in plain torch,
-on the machine that measured, others working on it too.
+## What holds
 
-{scores(evaluations)}
+{claims(evaluations, times, measured)}
 
-## How long the runs were trained
+## Teacher and students
 
-On the machine that trained them, other work beside them; as last logged.
+Without T5's tokens. A picture: seconds through ComfyUI, text, sampling and VAE, one at a time, the
+runs in turns (`python -m distill time`).
 
-{lengths(folder)}
+{scores(evaluations, times)}
+
+## Encoders
+
+both: CLIP-L and T5; no t5: T5's tokens left out; zero t5, zero clip: zeros for what it says.
+
+{variants(evaluations, "encoders", "encoders")}
+
+## Bits
+
+The same weights in a file of each of `quant`'s recipes.
+
+{variants(evaluations, "recipe", "recipe")}
+
+## Timestep sharing against random re-noising
+
+The same start, as many samples, the same settings but for `renoise`.
+
+{seeds(evaluations)}
+
+The noise of the student's gradient: the batch in samples at which noise and signal are equal
+(`distill/noise.py`); a smaller one is better.
+
+{noises(measured)}
 
 ## Merging the two branches of split-timestep fine-tuning
 
 {sweep(evaluations)}
 
-## Noise of the student's gradient
+## How long the runs were trained
 
-The batch in samples at which noise and signal are equal (`distill/noise.py`); a smaller one is
-better.
+As last logged, on the machine that trained them, other work beside them.
 
-{noises(rows(folder / NOISE))}
+{lengths(folder)}
 """

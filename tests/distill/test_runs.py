@@ -31,10 +31,19 @@ class Toy:
 
     def evaluate(self, model, sigmas, cfg, captions, encoders):
         score = model.mmdit.final_layer.linear.weight.norm().item()
-        return {"overall": score, "steps drawn": len(sigmas) - 1}
+        return {"overall": score, "right": score / 2, "steps drawn": len(sigmas) - 1}
 
-    def export(self, model, preset, folder):
+    def quantised(self, model, recipe):
+        model.mmdit.final_layer.linear.weight.mul_(int(recipe.removeprefix("flash-")))
+        return model
+
+    def through_host(self, folders, turns):
+        assert all((folder / "drawn.gguf").exists() for folder in folders)
+        return [[2.0 + number, 9.0, 1.0] for number in range(len(folders))]
+
+    def export(self, model, preset, folder, recipe):
         folder.mkdir()
+        (folder / "drawn.gguf").touch()
         path = folder / f"{preset.name.removeprefix('fewstep-')}.gguf"
         weight = model.mmdit.final_layer.linear.weight.detach()
         write_gguf(path, "sd3", preset_to_metadata(preset), [("final.weight", weight)])
@@ -107,12 +116,31 @@ def test_a_run_is_drawn_with_by_its_name_alone(folder):
     config = load_checkpoint(folder / "second.pt")["config"]
     assert config["start"] == "first" and config["renoise"] == "shared"
     given = {"steps": None, "cfg": None, "sheet": True, "captions": 3, "encoders": "no t5"}
+    given["recipe"] = None
     for steps, drawn in ((None, 4), (2, 2)):
         given["steps"] = steps
         commands.eval(Namespace(folder=folder, name=["second"], **given), Toy())
         row = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
         assert (row["name"], row["cfg"], row["steps"]) == ("second", 1.0, drawn)
     assert (folder / "sheets" / "second-4.png").exists()
+    assert (row["renoise"], row["trained"]) == ("shared", 8) and "recipe" not in row
+    given["recipe"] = "flash-2"
+    commands.eval(Namespace(folder=folder, name=["second"], **given), Toy())
+    twice = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert twice["recipe"] == "flash-2" and twice["overall"] == pytest.approx(
+        2 * row["overall"], abs=1e-3
+    )
+
+
+def test_runs_are_timed_from_their_files(folder):
+    run_all(folder)
+    given = Namespace(folder=folder, name=["teacher", "second"], turns=3, recipe="flash-8")
+    commands.time(given, Toy())
+    rows = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["steps"], row["seconds"]) for row in rows] == [
+        ("teacher", 50, 2.0),
+        ("second", 4, 3.0),
+    ]
 
 
 def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():
@@ -123,7 +151,8 @@ def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():
 
 def test_a_runs_files_say_how_it_is_sampled(folder, capsys):
     run_all(folder)
-    commands.export(Namespace(folder=folder, name="second", models=folder / "models"), Toy())
+    given = {"name": "second", "models": folder / "models", "recipe": "flash-8"}
+    commands.export(Namespace(folder=folder, **given), Toy())
     file = GGUFFile(str(folder / "models" / "second.gguf"))
     preset = preset_from_metadata(file.metadata)
     assert (preset.name, preset.steps, preset.cfg) == ("fewstep-second", 4, 1.0)

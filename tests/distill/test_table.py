@@ -11,7 +11,7 @@ def log(path, lines):
 
 def evaluation(name, overall, **others):
     shares = dict.fromkeys([*CATEGORIES, "right"], 0.5)
-    drawn = {"name": name, "steps": 4, "cfg": 1.0, "encoders": "both", "captions": 30}
+    drawn = {"name": name, "steps": 4, "cfg": 1.0, "encoders": "no t5", "captions": 30}
     return {**drawn, **shares, "overall": overall, "frechet": 0.01, "seconds": 1.5, **others}
 
 
@@ -30,11 +30,54 @@ def test_page_holds_every_run_ratio_and_noise(tmp_path):
     log(tmp_path / "match.jsonl", losses)
     text = page(tmp_path)
     half = " | ".join(["50.0"] * 6)
-    assert f"| match | 4 | 1 | both | {half} | 91.0 | 50.0 | 0.0100 | 1.50 s | 30 |" in text
-    assert "| split | 0.7 | 92.0 | 50.0 |" in text
+    assert f"| match | 4 | 1 | {half} | 91.0 | 50.0 | 0.0100 |  | 30 |" in text
+    assert "| split | 0.7 | 92.0 | 50.0 | 0.0100 | 30 |" in text
     assert "| match | shared | 0.9 | 412 | 16 |" in text
     assert "| match | 50 | 800 | 4 |" in text and "| evaluations |" not in text
 
 
+def test_runs_are_compared_by_encoders_and_by_bits(tmp_path):
+    lines = [evaluation("split", 0.9), evaluation("split", 0.92, encoders="both")]
+    lines += [evaluation("split", 0.9, recipe=name) for name in ("flash-16", "flash-6")]
+    log(tmp_path / "evaluations.jsonl", [*lines, evaluation("match", 0.8)])
+    text = page(tmp_path)
+    assert "| split | 4 | no t5 | 90.0 |" in text and "| split | 4 | both | 92.0 |" in text
+    assert "| split | 4 | flash-6 | 90.0 |" in text and "| match | 4 | no t5 |" not in text
+
+
+def test_seeds_of_both_ways_of_renoising_are_averaged(tmp_path):
+    same = {"stage": "match", "trained": 4800}
+    lines = [
+        evaluation(f"{how}-{seed}", overall + 0.02 * seed, renoise=how, seed=seed, **same)
+        for how, overall in (("shared", 0.9), ("random", 0.8))
+        for seed in (0, 1, 2)
+    ]
+    other = evaluation("match", 0.99, renoise="shared", seed=0, stage="match", trained=9600)
+    log(tmp_path / "evaluations.jsonl", [*lines, other])
+    text = page(tmp_path)
+    assert "| shared | mean | 4800 | 92.0 ± 2.0 |" in text
+    assert "| random | mean | 4800 | 82.0 ± 2.0 |" in text and "| shared | 0 | 9600 |" not in text
+    assert "random re-noising, overall, mean of seeds | 92.0 % | 82.0 % | yes |" in text
+
+
+def test_says_of_each_claim_whether_it_holds(tmp_path):
+    lines = [
+        evaluation("teacher", 0.93, steps=50),
+        evaluation("split", 0.92),
+        evaluation("split", 0.96, encoders="both"),
+        evaluation("match-2", 0.88, steps=2),
+    ]
+    log(tmp_path / "evaluations.jsonl", lines)
+    times = [{"name": "teacher", "steps": 50, "seconds": 1.9}]
+    log(tmp_path / "times.jsonl", [*times, {"name": "split", "steps": 4, "seconds": 0.1}])
+    claims = page(tmp_path).split("## ")[1]
+    assert "in 50 with CFG | 92.0 % | 93.0 % | no |" in claims
+    assert "at least 90 % | 92.0 % | 90.0 % | yes |" in claims
+    assert "0.95 of 4 steps | 88.0 % | 87.4 % | yes |" in claims
+    assert "seconds a picture | 0.100 s | 0.106 s | yes |" in claims
+    assert "less than with it | 92.0 % | 91.0 % | yes |" in claims
+    assert claims.count("| yes |") + claims.count("| no |") == 5  # of what was measured
+
+
 def test_an_empty_folder_gives_empty_tables(tmp_path):
-    assert sum(line.startswith("|") for line in page(tmp_path).splitlines()) == 8
+    assert sum(line.startswith("|") for line in page(tmp_path).splitlines()) == 16
