@@ -37,7 +37,7 @@ def export(options: Namespace) -> None:
 
 def score(options: Namespace) -> None:
     """Print the share of right pictures for each kind of caption."""
-    model, vae = load_shipped(options.models or MODELS, vocabulary=tuple(recipe.vocabulary()))
+    model, vae = load_shipped(options.models or MODELS, ids=tuple(recipe.vocabulary()))
     model, decoder = model.to(options.device), vae.to(options.device).taesd_decoder
     sigmas = PRESET.sigmas(options.steps)
     if options.shift is not None:

@@ -9,9 +9,9 @@ from gguf import GGMLQuantizationType as QType
 from gguf.quants import quantize
 from torch import Tensor, nn
 
-from ..distill.model import END, T5_END, T5_PAD, T5_UNKNOWN, FlowModel, ModelConfig
+from ..distill.model import T5_END, T5_PAD, T5_UNKNOWN, FlowModel, ModelConfig
 from ..flow import Preset, preset_to_metadata, uniform
-from ..host import modules, names
+from ..host import modules, names, vocabulary
 from ..quant import write_gguf
 from ..quant.convert import convert
 from ..quant.plan import make_plan
@@ -57,14 +57,10 @@ def write_mmdit(mmdit: nn.Module, path: Path, metadata: dict, recipe: str = RECI
 
 
 def _text_tensors(model: FlowModel) -> Iterator[Entry]:
-    text = model.text
-    table = torch.zeros(END + 1, text.table.shape[1])  # words never seen stay zero
-    table[text.ids] = text.table[1:].float()
-    for name, value in text.clip.state_dict().items():
-        if name == "text_model.embeddings.token_embedding.weight":
-            yield _q8_0(name, table)
-        else:
-            yield name, value.float() if value.ndim < 2 else value.half()
+    """CLIP-L's, of its token table only the words that were learned (`host.vocabulary`)."""
+    for name, value in model.text.clip.state_dict().items():
+        value = model.text.table[1:] if name == vocabulary.TABLE else value
+        yield name, value.float() if value.ndim < 2 else value.half()
 
 
 def _t5_tensors(t5: nn.Module) -> Iterator[Entry]:
@@ -138,6 +134,7 @@ def export(
         "intermediate_size": 4 * config.text_width,
     }
     text_metadata = {f"fewstep.text_encoder.{key}": value for key, value in sizes.items()}
+    text_metadata[vocabulary.IDS] = model.text.ids.tolist()
     paths = {
         part: folder / name for part, name in FILES.items() if part != "t5" or config.t5_pieces
     }

@@ -6,12 +6,11 @@ from torch import Tensor, nn
 
 from ..distill.model import FlowModel
 from ..distill.teacher import TeacherConfig
-from ..host import modules
+from ..host import modules, vocabulary
 from ..quant import GGUFFile, dequantize
 from .export import FILES
 
 MODELS = Path(__file__).parent / "models"
-_TABLE = "text_model.embeddings.token_embedding.weight"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -26,12 +25,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_shipped(
-    folder: Path = MODELS, config: TeacherConfig | None = None, vocabulary: tuple[int, ...] = ()
+    folder: Path = MODELS, config: TeacherConfig | None = None, ids: tuple[int, ...] = ()
 ) -> tuple[FlowModel, nn.Module]:
-    """The flow model, whose token table holds `vocabulary`, and the VAE below `folder`."""
-    model = FlowModel(config or TeacherConfig(), vocabulary)
+    """The flow model, whose token table holds `ids`, and the VAE below `folder`."""
+    model = FlowModel(config or TeacherConfig(), ids)
     text = read_weights(folder / FILES["text"])
-    model.text.table.data[1:] = text.pop(_TABLE)[model.text.ids]
+    vocabulary.spread(FILES["text"], text, GGUFFile(folder / FILES["text"]).metadata)
+    model.text.table.data[1:] = text.pop(vocabulary.TABLE)[model.text.ids]
     model.text.clip.load_state_dict(text, strict=False)  # but for the table, taken above
     model.mmdit.load_state_dict(read_weights(folder / FILES["mmdit"]))
     vae = modules.build_taesd()

@@ -66,6 +66,8 @@ class PromptEncoder(nn.Module):
 class FlowModel(nn.Module):
     """Text encoders and MMDiT together: (x, sigma, tokens) to velocity."""
 
+    encode_t5 = staticmethod(modules.encode_t5)
+
     def __init__(self, config: ModelConfig, vocabulary: Sequence[int]):
         super().__init__()
         self.config = config
@@ -93,7 +95,7 @@ class FlowModel(nn.Module):
         if tokens.shape[1] == 1:
             return context, pooled
         told = ids[:, T5] if known is None else torch.where(masks[T5], ids[:, T5], T5_UNKNOWN)
-        other = modules.encode_t5(self.t5, told) * present[:, T5, :, None]
+        other = self.encode_t5(self.t5, told) * present[:, T5, :, None]
         context = nn.functional.pad(context, (0, other.shape[-1] - context.shape[-1]))
         return torch.cat([context, other], 1), pooled
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..host import modules
 from .dropout import drop_encoders
 from .model import CLIP, START, T5, T5_END, FlowModel, ModelConfig, empty_prompt
 from .optimize import HIDDEN, average, build_optimizers, set_rates, update, warm
@@ -149,7 +150,8 @@ class TeacherTask:
 
 
 def compile_blocks(model: FlowModel) -> None:
-    """Compile an MMDiT's blocks, for each length of prompt anew."""
+    """Compile an MMDiT's blocks and the T5, for each length of prompt anew."""
     torch._dynamo.config.recompile_limit = 64  # shared by all blocks of all models
     for block in model.mmdit.joint_blocks:
         block.compile(dynamic=False)
+    model.encode_t5 = torch.compile(modules.encode_t5, dynamic=False)

@@ -10,7 +10,7 @@ import torch
 
 from ..flow import preset_from_metadata
 from ..quant import dequantize
-from . import t5
+from . import t5, vocabulary
 from .cpu import use_fast_attention, wants_float32
 from .files import (
     adopt_fp8,
@@ -92,6 +92,7 @@ def load_text_encoders(
     for path in paths:
         state_dict, metadata = read(path)
         state_dict = rename_text_encoder(path, state_dict, metadata)
+        vocabulary.spread(path, state_dict, metadata)
         state_dict, metadata = comfy.utils.convert_old_quants(state_dict, metadata=metadata)
         if t5.is_cut(state_dict):
             options["t5xxl_model_config"] = t5.sizes(path, state_dict)
@@ -186,7 +187,8 @@ def _encoder_config(path, state_dict, metadata) -> dict:
     from `t5xxl_model_config` (`sd1_clip.SDClipModel`).
     """
     start = len(TEXT_CONFIG)
-    sizes = {key[start:]: metadata[key] for key in metadata if key.startswith(TEXT_CONFIG)}
+    keys = [key for key in metadata if key.startswith(TEXT_CONFIG) and key != vocabulary.IDS]
+    sizes = {key[start:]: metadata[key] for key in keys}
     if not sizes:
         return {}
     for key, value in sizes.items():

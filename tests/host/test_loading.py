@@ -256,6 +256,34 @@ def test_odd_sizes_of_a_text_encoder_are_named(tmp_path, sizes, said):
         loading.load_text_encoders([str(tmp_path / "l.gguf")])
 
 
+IDS, TABLE = "fewstep.text_encoder.token_ids", "text_model.embeddings.token_embedding.weight"
+
+
+def cut(tmp_path, ids, rows):
+    sizes = {f"fewstep.text_encoder.{k}": v for k, v in toys.CLIP_SIZES.items()}
+    state_dict = toys.clip_l()
+    state_dict[TABLE] = rows(state_dict[TABLE])
+    toys.write(tmp_path / "l.gguf", "clip", state_dict, metadata=sizes | {IDS: ids})
+    return str(tmp_path / "l.gguf")
+
+
+def test_a_token_table_that_was_cut_is_whole_again(tmp_path):
+    ids = [320, 1000, 49406, 49407]
+    clip = loading.load_text_encoders([cut(tmp_path, ids, lambda table: table[ids])])
+    table = clip.cond_stage_model.clip_l.transformer.state_dict()[TABLE]
+    table = getattr(table, "dequantize", lambda: table)().float()
+    assert len(table) == 49408 and torch.allclose(table[ids], toys.clip_l()[TABLE][ids], atol=1e-2)
+    assert not table[[i for i in range(49408) if i not in ids]].any()
+    context, pooled = clip.encode_from_tokens(clip.tokenize("a"), return_pooled=True)
+    assert context.isfinite().all() and pooled.any()
+
+
+@pytest.mark.parametrize("ids", [[320, 49406, 49407], [320, 1000, 49406, 49408], [-1, 1, 2, 3]])
+def test_ids_that_are_not_the_tables_are_named(tmp_path, ids):
+    with pytest.raises(ValueError, match=r"l\.gguf: fewstep\.text_encoder\.token_ids names \d"):
+        loading.load_text_encoders([cut(tmp_path, ids, lambda table: table[:4])])
+
+
 def nan_scale(tensor):
     blocks, qtype, shape = toys.quantised(tensor, T.Q8_0)
     blocks[0, :2] = torch.tensor([float("nan")], dtype=torch.float16).view(torch.uint8)
