@@ -61,15 +61,18 @@ def training_batch(
     return code.encode(draw(captions, rng)), tokens
 
 
-def reflow_batch(code: LatentCode, batch: int, seed: int, index: int) -> tuple[Tensor, Mend]:
-    """Prompts (batch, 1, 77), and the way from latents to those of the nearest right pictures."""
+def reflow_batch(
+    code: LatentCode, batch: int, seed: int, index: int, draw_as=render, encoders: int = 1
+) -> tuple[Tensor, Mend]:
+    """Prompts (batch, encoders, 77), and the way from latents to those of the nearest right
+    pictures, drawn by `draw_as`, a function like `render`."""
     rng = np.random.default_rng((9 + seed, index))
     captions = draw_captions(rng, batch, MIXTURE)
-    tokens = tokenize([spoken(caption, rng) for caption in captions])
+    tokens = tokenize([spoken(caption, rng) for caption in captions], encoders)
 
     def mend(latents: Tensor) -> Tensor:
         pictures = zip(code.decode(latents).numpy(), captions, strict=True)
-        return code.encode(render(captions, [nearest_places(*pair) for pair in pictures]))
+        return code.encode(draw_as(captions, [nearest_places(*pair) for pair in pictures]))
 
     return tokens, mend
 

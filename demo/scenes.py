@@ -98,9 +98,17 @@ DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Share inside the shape of pixels whose centres lie (x, y) pixels from its own: in [0, 1]."""
-    return np.clip(0.5 - DISTANCES[shape](x / radius, y / radius) * radius, 0, 1)
+def coverage(
+    shape: str, x: np.ndarray, y: np.ndarray, radius: float, line: float = 0.0
+) -> np.ndarray:
+    """Share inside the shape of pixels whose centres lie (x, y) pixels from its own: in [0, 1].
+
+    `line`: of its outline alone, so many pixels wide, in place of the whole shape.
+    """
+    distance = DISTANCES[shape](x / radius, y / radius) * radius
+    if line:
+        distance = np.abs(distance + line / 2) - line / 2
+    return np.clip(0.5 - distance, 0, 1)
 
 
 def silhouette(shape: str) -> tuple[np.ndarray, np.ndarray]:
@@ -109,7 +117,9 @@ def silhouette(shape: str) -> tuple[np.ndarray, np.ndarray]:
     return axis, coverage(shape, 1000 * axis[None, :], 1000 * axis[:, None], 1000) > 0.5
 
 
-def _draw_into(picture: np.ndarray, caption: Caption, places: Sequence[Place]) -> None:
+def _draw_into(
+    picture: np.ndarray, caption: Caption, places: Sequence[Place], line: float
+) -> None:
     ground = np.float32(PALETTE[caption.background])[:, None, None] / 255
     picture[:] = ground
     for (colour, shape), (x, y, radius) in zip(caption.objects, places, strict=True):
@@ -117,16 +127,21 @@ def _draw_into(picture: np.ndarray, caption: Caption, places: Sequence[Place]) -
         columns = np.arange(max(int(x - reach), 0), min(int(x + reach) + 1, SIZE))
         rows = np.arange(max(int(y - reach), 0), min(int(y + reach) + 1, SIZE))
         dx, dy = np.float32(columns + 0.5 - x), np.float32(rows + 0.5 - y)
-        cover = coverage(shape, dx[None, :], dy[:, None], radius)
+        cover = coverage(shape, dx[None, :], dy[:, None], radius, line)
         window = picture[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         window += cover * (np.float32(PALETTE[colour])[:, None, None] / 255 - ground)
 
 
-def render(captions: Sequence[Caption], places: Sequence[Sequence[Place]]) -> Tensor:
-    """Pictures (n, 3, 128, 128) float32 in [0, 1] of the captions, objects at their places."""
+def render(
+    captions: Sequence[Caption], places: Sequence[Sequence[Place]], line: float = 0.0
+) -> Tensor:
+    """Pictures (n, 3, 128, 128) float32 in [0, 1] of the captions, objects at their places.
+
+    `line`: see `coverage`.
+    """
     pictures = np.empty((len(captions), 3, SIZE, SIZE), np.float32)
     for picture, caption, spots in zip(pictures, captions, places, strict=True):
-        _draw_into(picture, caption, spots)
+        _draw_into(picture, caption, spots, line)
     return torch.from_numpy(pictures.clip(0, 1, out=pictures))
 
 

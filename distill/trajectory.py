@@ -38,8 +38,8 @@ DECISIVE = (
 class TrajectoryConfig(StudentConfig):
     muon_rate: float = 1e-3
     adam_rate: float = 5e-4
-    teacher_steps: int = 24  # along the whole trajectory, as many to each step of the student
-    batches: int = 128  # of trajectories; then they are seen again, each time at another x_i
+    teacher_steps: int = 16  # along the whole trajectory, as many to each step of the student
+    batches: int = 96  # of trajectories; then they are seen again, each time at another x_i
     states: str | None = None  # run whose trajectories are used, if they pass all `sigmas`
 
 

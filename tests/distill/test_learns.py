@@ -1,0 +1,76 @@
+"""The whole chain at half the depth and for minutes: what is learned shows."""
+
+import json
+
+import pytest
+import torch
+from fewstep.demo.miniature import Miniature
+from fewstep.distill import runs
+from fewstep.flow import sample_euler, uniform
+
+pytestmark = pytest.mark.slow
+
+TEACHER = ["start=null", "depth=2", "t5_pieces=0", "compiled=false", "samples=24000"]
+TEACHER += ["muon_rate=0.002", "adam_rate=0.001", "warmup=50", "ema=0.99"]
+STUDENT = ["teacher_steps=16", "batches=12", "batch=32", "samples=12000"]
+STEPS = 16  # of the teacher
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder, the data, and the losses of each run."""
+    torch.set_num_threads(2)
+    folder = tmp_path_factory.mktemp("runs")
+    dataset, losses = Miniature(folder), {}
+    for name, changes in (
+        ("teacher", TEACHER),
+        ("trajectory", STUDENT),
+        ("match", ["batch=16", "samples=960", "proxy_warmup=10"]),
+    ):
+        runs.train_run(runs.read_run(name, changes=changes), folder, dataset)
+        lines = (folder / f"{name}.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    return folder, dataset, losses
+
+
+def test_losses_fall(trained):
+    _, _, losses = trained
+    assert losses["teacher"][-1] < 0.6 * losses["teacher"][0]
+    assert losses["trajectory"][-1] < 0.6 * losses["trajectory"][0]
+
+
+@torch.no_grad()
+def test_the_student_goes_where_many_steps_of_its_teacher_lead(trained):
+    folder, dataset, _ = trained
+    run = runs.read_run("trajectory", changes=STUDENT)
+    task = runs.build(run, folder, dataset)
+    sample = task._sample(run.settings.batches - 1, torch.Generator().manual_seed(99))
+    noise = torch.randn(sample.noise.shape, generator=torch.Generator().manual_seed(98))
+
+    def guided(x, sigma):
+        return x - sigma[:, None, None, None] * task._guided(x, sigma, sample)
+
+    def drawn(name):
+        network = runs.load_model(folder, name, dataset).mmdit
+        return sample_euler(
+            lambda x, sigma: x - sigma[:, None, None, None]
+            * task._velocity(network, x, sigma, sample.told),
+            noise,
+            task.sigmas,
+        )  # fmt: skip
+
+    aim = sample_euler(guided, noise, uniform(STEPS, runs.SHIFT))
+    without = (sample_euler(guided, noise, task.sigmas) - aim).square().mean()
+    assert (drawn("trajectory") - aim).square().mean() < 0.8 * without
+    assert (drawn("match") - aim).square().mean() < without  # it is free to go elsewhere
+
+
+def test_pictures_come_nearer_to_true_ones(trained):
+    folder, dataset, _ = trained
+
+    def distance(name, steps, cfg):
+        sigmas, _ = runs.schedule(runs.checkpoint(folder, name)["config"], steps)
+        model = runs.load_model(folder, name, dataset)
+        return dataset.evaluate(model, sigmas, cfg, 60, "no t5")["frechet"]
+
+    assert distance("match", 4, 1.0) < distance("teacher", 4, runs.GUIDANCE)
