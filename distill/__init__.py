@@ -8,7 +8,7 @@
 | 3: split-timestep fine-tuning | match (`branch`), merge |
 | a LoRA instead of all weights | lora |
 
-`student` is what the stages share, `loop` and `optimize` what all training shares; `runs` reads a
-stage's JSON file, `commands` is the command line, `watch` and `table` show what came of it.
-`guidance` and `reflow` made the model that ships today.
+`student` is what the stages share, `backbone` what a student is made of, `loop` and `optimize` what
+all training shares; `runs` reads a stage's JSON file, `commands` is the command line, `watch` and
+`table` show what came of it. `guidance` and `reflow` made the model that ships today.
 """

@@ -24,16 +24,14 @@ student: IDA, SenseFlow, arXiv 2506.00523. Loss weights, rates and the ratio of 
 published for SD3.5-Flash.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .adversarial import Heads, judge_loss, student_loss, tapped
-from .lora import effective
-from .optimize import set_rates, update
-from .student import Sample, StudentConfig, StudentTask
+from .adversarial import Heads, judge_loss, student_loss
+from .optimize import Adam, set_rates, update
+from .student import Sample, StudentConfig, StudentTask, per_sample
 
 RENOISE = ("shared", "random")
 
@@ -70,9 +68,10 @@ class MatchConfig(StudentConfig):
 
 
 def matching_loss(x0: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Tensor:
-    """DMD2's loss, whose gradient in x0 is g / numel, g as above; all (n, 16, h, w)."""
+    """DMD2's loss, whose gradient in x0 is g / numel, g as above; all (n, channels, …)."""
     with torch.no_grad():
-        scale = (x0 - x0_real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-4)
+        each = tuple(range(1, x0.ndim))
+        scale = (x0 - x0_real).abs().mean(each, keepdim=True).clamp(min=1e-4)
         target = x0 - (x0_fake - x0_real) / scale
     return 0.5 * nn.functional.mse_loss(x0, target)
 
@@ -85,12 +84,11 @@ class MatchTask(StudentTask):
 
     def __init__(self, config: MatchConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        self.proxy = copy.deepcopy(self.teacher.mmdit).requires_grad_(True)
-        width = self.proxy.final_layer.linear.in_features
+        self.proxy = self.backbone.proxy(config)
         draw = torch.Generator().manual_seed(config.seed)
-        self.heads = Heads(len(self.proxy.joint_blocks), width, draw).to(self.device)
-        self.proxy_optimizer = _adam(self.proxy, config.proxy_rate)
-        self.head_optimizer = _adam(self.heads, config.head_rate)
+        self.heads = Heads(*self.backbone.features(), draw).to(self.device)
+        self.proxy_optimizer = _build(self.adam, self.proxy, config.proxy_rate)
+        self.head_optimizer = _build(self.adam, self.heads, config.head_rate)
 
     def step(self, index: int, progress: float) -> Tensor:
         rate = min((index + 1) / self.config.warmup, 1.0)
@@ -117,7 +115,7 @@ class MatchTask(StudentTask):
         x0 = x - self.sigmas[i] * v
         self.made = (sample, i, x0.detach(), v.detach())
         noise, sigma = self._renoise(self.config.renoise, i, x0, v, draw)
-        noisy = torch.lerp(x0, noise, sigma[:, None, None, None])
+        noisy = torch.lerp(x0, noise, per_sample(sigma, x0))
         x0_real, x0_fake, logits = self._compare(noisy, sigma, sample)
         loss = torch.zeros((), device=x.device)
         if sigma.all():
@@ -128,14 +126,6 @@ class MatchTask(StudentTask):
             self.metrics["adversarial"] = fooled.detach()
             loss = loss + self.config.adversarial * fooled
         return loss
-
-    @torch.no_grad()
-    def _walk(self, sample: Sample, steps: int) -> Tensor:
-        """The student's own state after so many of its steps."""
-        x = sample.noise
-        for sigma, following in zip(self.sigmas[:steps], self.sigmas[1:], strict=False):
-            x = x + (following - sigma) * self._velocity(self.student, x, sigma, sample.told)
-        return x
 
     def _renoise(
         self, how: str, i: int, x0: Tensor, v: Tensor, draw: torch.Generator
@@ -152,34 +142,30 @@ class MatchTask(StudentTask):
         self, noisy: Tensor, sigma: Tensor, sample: Sample
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x0 as teacher and proxy see it, without gradient, and the heads' logits, with one."""
-        self.proxy.requires_grad_(False)
-        with tapped(self.proxy.joint_blocks) as features:
-            fake = self._velocity(self.proxy, noisy, sigma, sample.told)
+        with self.backbone.tapped(self.proxy) as features:
+            fake = self._velocity(self.proxy, noisy, sigma, sample.told, frozen=True)
         logits = self.heads(features)
-        self.proxy.requires_grad_(True)
-        x, s = noisy.detach(), sigma[:, None, None, None]
+        x, s = noisy.detach(), per_sample(sigma, noisy)
         return x - s * self._guided(x, sigma, sample), x - s * fake.detach(), logits
 
-    @torch.no_grad()
     def _follow(self) -> None:
         """IDA: the proxy moves towards the student."""
-        for name, value in self.proxy.named_parameters():
-            value.lerp_(effective(self.student, name), 1 - self.config.ida)
+        self.backbone.follow(self.proxy, self.student, 1 - self.config.ida)
 
     def _teach_proxy(self, draw: torch.Generator) -> None:
         """One update of the proxy on the student's last latents, and one of the heads."""
         sample, i, x0, v = self.made
         how = self.config.proxy_renoise or self.config.renoise
         noise, sigma = self._renoise(how, i, x0, v, draw)
-        level = sigma[:, None, None, None]
-        with tapped(self.proxy.joint_blocks) as made:
+        level = per_sample(sigma, x0)
+        with self.backbone.tapped(self.proxy) as made:
             velocity = self._velocity(self.proxy, torch.lerp(x0, noise, level), sigma, sample.told)
         loss = nn.functional.mse_loss(velocity, noise - x0)
         update(loss, [self.proxy_optimizer], self.config.clip)
         self.metrics["proxy"] = loss.detach()
         if self.config.adversarial:
             fresh = torch.randn(x0.shape, generator=draw).to(x0)
-            with torch.no_grad(), tapped(self.proxy.joint_blocks) as real:
+            with torch.no_grad(), self.backbone.tapped(self.proxy) as real:
                 noisy = torch.lerp(sample.latents, fresh, level)
                 self._velocity(self.proxy, noisy, sigma, sample.told)
             judged = judge_loss(self.heads(real), self.heads([f.detach() for f in made]))
@@ -200,6 +186,7 @@ class MatchTask(StudentTask):
             getattr(self, part).load_state_dict(state[part])
 
 
-def _adam(network: nn.Module, rate: float) -> torch.optim.Optimizer:
-    groups = [{"params": list(network.parameters()), "peak": rate}]
-    return torch.optim.AdamW(groups, lr=rate, betas=(0.5, 0.99), weight_decay=0.0)
+def _build(adam: Adam, network: nn.Module, rate: float) -> torch.optim.Optimizer:
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [{"params": learned, "peak": rate}]
+    return adam(groups, lr=rate, betas=(0.5, 0.99), weight_decay=0.0)

@@ -1,6 +1,6 @@
 """What every trainer here does to weights: optimizers, one update, the running average."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 # Matrices that learn by Muon: attention and MLPs of the MMDiT and of the text models.
 HIDDEN = (".attn.", ".mlp.f", "encoder.layers", "SelfAttention.", "DenseReluDense.")
+
+Adam = Callable[..., torch.optim.Optimizer]  # AdamW, or another that takes its arguments
 
 
 class Rates(Protocol):
@@ -19,9 +21,12 @@ class Rates(Protocol):
 
 
 def build_optimizers(
-    model: nn.Module, rates: Rates, hidden_parts: Iterable[str] = HIDDEN
+    model: nn.Module,
+    rates: Rates,
+    hidden_parts: Iterable[str] = HIDDEN,
+    adam: Adam = torch.optim.AdamW,
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices whose name has one of `hidden_parts`, AdamW for all else.
+    """Muon for the matrices whose name has one of `hidden_parts`, `adam` for all else.
 
     "peak" of a parameter group is its rate on the plateau.
     Source: Jordan et al. 2024 (Muon); Liu et al. 2025 (arXiv 2502.16982) for the size of update.
@@ -42,8 +47,7 @@ def build_optimizers(
         optimizers.append(muon)
     if rest:
         groups = [{"params": rest, "peak": rates.adam_rate}]
-        adam = torch.optim.AdamW(groups, lr=rates.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
-        optimizers.append(adam)
+        optimizers.append(adam(groups, lr=rates.adam_rate, betas=(0.9, 0.98), weight_decay=0.0))
     return optimizers
 
 
@@ -55,15 +59,18 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None
 
 
 def update(loss: Tensor, optimizers: Iterable[torch.optim.Optimizer], clip: float) -> Tensor:
-    """One step down the gradient of `loss`, its norm clipped; the norm before that."""
+    """One step down the gradient of `loss`, its norm clipped; the norm before that. None is made
+    down a gradient that is not finite.
+    """
     optimizers = list(optimizers)
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], clip)
-    for optimizer in optimizers:
-        optimizer.step()
+    if norm.isfinite():
+        for optimizer in optimizers:
+            optimizer.step()
     return norm
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..flow import Preset, check_sigmas, uniform
 from .align import AlignTask
+from .backbone import Copies
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
 from .merge import merge
@@ -126,7 +127,7 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
     teacher = load_model(folder, run.teacher, dataset)
     encoders = 2 if "t5.shared.weight" in teacher.state_dict() else 1
     start = None if run.start is None else weights_of(folder, run.start)
-    given = (settings, teacher, _data(dataset, settings, encoders), start, device)
+    given = (settings, Copies(teacher, device), _data(dataset, settings, encoders), start)
     if run.stage == "match":
         return MatchTask(*given)
     return TrajectoryTask(*given, folder=folder / f"{settings.states or run.name}-states")
@@ -155,11 +156,18 @@ def train_run(
     sigmas, cfg = schedule(run.described())
 
     def sheet() -> np.ndarray:
-        return dataset.sheet(task.drawn(), sigmas, cfg)
+        return dataset.sheet(_drawn(task), sigmas, cfg)
 
     watch = Watch(folder, run.name, lambda: task.metrics, sheet, sheet_minutes)
     path = folder / f"{run.name}.pt"
     return train(task, path, Budget(samples=run.samples), 60, run.described(), watch)
+
+
+def _drawn(task: Task) -> FlowModel:
+    """What a task has learned so far, for drawing."""
+    if isinstance(task, TeacherTask):
+        return task.drawn()
+    return task.backbone.drawn(task.weights())
 
 
 def branches(run: Run) -> tuple[Run, Run]:

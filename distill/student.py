@@ -1,23 +1,21 @@
-"""What all students share: a copy of the teacher's network that draws in a few euler steps.
+"""What all students share: a network that learns to draw in a few euler steps.
 
-The text encoders stay the teacher's. A student learns all its weights, or a LoRA of them; a step
-draws all its randomness from its number (see `loop`).
+What it is made of is a backbone's to say (see `backbone`). A step draws all its randomness from its
+number (see `loop`).
 """
 
-import copy
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..flow import check_sigmas
-from ..host import modules
-from .dropout import drop_encoders, emptied
-from .lora import add_lora, effective
-from .model import FlowModel
-from .optimize import HIDDEN, average, build_optimizers, set_rates, update, warm
-from .teacher import Batch
+from .backbone import TEACHER, Backbone
+from .optimize import Adam, average, build_optimizers, set_rates, update, warm
+
+Batch = Callable[[int], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,27 +46,20 @@ class StudentConfig:
             raise ValueError(f"sigmas are {self.sigmas}: a student starts at 1 and ends at 0")
 
 
-class Text(NamedTuple):
-    """What a network is told: context (n, tokens, width) and pooled (n, width)."""
-
-    context: Tensor
-    pooled: Tensor
-
-
 class Sample(NamedTuple):
-    """What a step learns from: latents and noise (n, 16, h, w), the prompts, the empty ones."""
+    """What a step learns from: latents and noise (n, channels, …), the prompts, the empty ones."""
 
     latents: Tensor
     noise: Tensor
-    told: Text
-    untold: Text
+    told: Any
+    untold: Any
 
 
 class StudentTask:
     """The part of a task for `distill.loop.train` that does not depend on the loss.
 
-    `data(index)` gives latents (n, 16, h, w) and prompts (n, encoders, 77). A subclass has `_loss`,
-    and `metrics` holds what else it has to say of its last step.
+    `data(index)` gives latents (n, channels, …) and prompts, as the backbone reads them. A subclass
+    has `_loss`, and `metrics` holds what else it has to say of its last step.
     """
 
     name = "student"
@@ -77,35 +68,32 @@ class StudentTask:
     def __init__(
         self,
         config: StudentConfig,
-        teacher: FlowModel,
+        backbone: Backbone,
         data: Batch,
         start: dict[str, Tensor] | None = None,
-        device: torch.device | str = "cpu",
+        adam: Adam = torch.optim.AdamW,
     ):
-        """`start`: weights of the MMDiT that the student starts with; None: the teacher's."""
-        self.config, self.data, self.device = config, data, torch.device(device)
-        self.batch, self.metrics = config.batch, {}
+        """`start`: weights that the student starts with, as `weights` gave them; None: the
+        teacher's. `adam`: the optimizer of all that Muon leaves.
+        """
+        self.config, self.backbone, self.data, self.adam = config, backbone, data, adam
+        self.device, self.batch, self.metrics = backbone.device, config.batch, {}
         self.sigmas = check_sigmas(config.sigmas)
-        self.teacher = teacher.to(self.device).eval().requires_grad_(False)
-        self.student = copy.deepcopy(self.teacher.mmdit)
-        if start is not None:
-            self.student.load_state_dict(start)
-        if config.rank:
-            torch.manual_seed(config.seed)
-            add_lora(self.student, config.rank)
-        else:
-            self.student.requires_grad_(True)
+        self.student = backbone.student(config, start)
         learned = {name for name, p in self.student.named_parameters() if p.requires_grad}
         state = self.student.state_dict()
         self.ema = {name: value.clone() for name, value in state.items() if name in learned}
-        self.optimizers = build_optimizers(self.student, config, (*HIDDEN, "context_embedder"))
+        self.optimizers = build_optimizers(self.student, config, backbone.hidden, adam)
 
     def step(self, index: int, progress: float) -> Tensor:
+        """A loss that is not finite changes nothing."""
         config = self.config
         rate = min((index + 1) / config.warmup, 1.0, (1 - progress) / (1 - config.plateau))
         set_rates(self.optimizers, rate)
         draw = self._draw(index)
         loss = self._loss(index, self._sample(index, draw), draw)
+        if not loss.isfinite():
+            return loss.detach()
         self.metrics["gradient"] = update(loss, self.optimizers, config.clip)
         decay = warm(config.ema, index) if self.starts_far else config.ema
         average(self.ema, self.student.state_dict(), decay)
@@ -119,52 +107,44 @@ class StudentTask:
         raise NotImplementedError
 
     def _sample(self, index: int, draw: torch.Generator) -> Sample:
-        latents, tokens = self.data(index)
-        tokens = drop_encoders(tokens, self.config, draw)
-        if index % self.config.full_every:
-            tokens = tokens[..., : self.config.short_context]
+        latents, prompts = self.data(index)
+        told, untold = self.backbone.read(prompts, index, self.config, draw)
         noise = torch.randn(latents.shape, generator=draw)
-        latents, noise = latents.to(self.device), noise.to(self.device)
-        return Sample(latents, noise, self._encode(tokens), self._encode(emptied(tokens)))
+        return Sample(latents.to(self.device), noise.to(self.device), told, untold)
 
-    @torch.no_grad()
-    def _encode(self, tokens: Tensor) -> Text:
-        with self._autocast():
-            return Text(*self.teacher.encode(tokens.to(self.device)))
-
-    def _velocity(self, network: nn.Module, x: Tensor, sigma: Tensor, text: Text) -> Tensor:
+    def _velocity(
+        self, network: nn.Module | None, x: Tensor, sigma: Tensor, text: Any, frozen: bool = False
+    ) -> Tensor:
         """A network's velocity in float32; sigma is () or, each sample at its own level, (n,)."""
-        with self._autocast():
-            return modules.velocity(network, x, sigma.to(x).expand(len(x)), *text).float()
+        sigma = sigma.to(x).expand(len(x))
+        return self.backbone.velocity(network, x, sigma, text, frozen)
 
     @torch.no_grad()
     def _guided(self, x: Tensor, sigma: Tensor, sample: Sample) -> Tensor:
         """The teacher's velocity with CFG."""
-        both = Text(*(torch.cat(pair) for pair in zip(sample.untold, sample.told, strict=True)))
+        if self.config.guidance == 1:
+            return self._velocity(TEACHER, x, sigma, sample.told)
+        both = self.backbone.join(sample.untold, sample.told)
         twice = sigma.expand(len(x)).repeat(2)
-        untold, told = self._velocity(self.teacher.mmdit, x.repeat(2, 1, 1, 1), twice, both).chunk(
-            2
-        )
+        untold, told = self._velocity(TEACHER, torch.cat([x, x]), twice, both).chunk(2)
         return torch.lerp(untold, told, self.config.guidance)
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16)
+    @torch.no_grad()
+    def _walk(self, sample: Sample, steps: int) -> Tensor:
+        """The student's own state after so many of its steps."""
+        x = sample.noise
+        for sigma, following in zip(self.sigmas[:steps], self.sigmas[1:], strict=False):
+            x = x + (following - sigma) * self._velocity(self.student, x, sigma, sample.told)
+        return x
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
-        """The averaged weights of the student's MMDiT, a LoRA's added to those that it changes."""
+        """The averaged student, as its backbone keeps it."""
         now = {name: self.student.state_dict()[name].clone() for name in self.ema}
         self.student.load_state_dict(self.ema, strict=False)
-        names = self.teacher.mmdit.state_dict()
-        weights = {name: effective(self.student, name).detach().clone() for name in names}
+        weights = self.backbone.weights(self.student)
         self.student.load_state_dict(now, strict=False)
         return weights
-
-    def drawn(self) -> FlowModel:
-        """The averaged student with the teacher's encoders, for drawing."""
-        model = copy.deepcopy(self.teacher)
-        model.mmdit.load_state_dict(self.weights())
-        return model
 
     def state_dict(self) -> dict:
         learned = {name: self.student.state_dict()[name] for name in self.ema}
@@ -182,3 +162,8 @@ class StudentTask:
             value.copy_(state["ema"][name])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def per_sample(sigma: Tensor, x: Tensor) -> Tensor:
+    """Noise levels (n,) shaped to multiply x (n, channels, …)."""
+    return sigma.view(-1, *[1] * (x.ndim - 1))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .loop import check_config, load_checkpoint, save_atomically
-from .student import Sample, StudentConfig, StudentTask
+from .student import Sample, StudentConfig, StudentTask, per_sample
 
 # The settings on which a trajectory depends; other ones are refused where it is kept.
 DECISIVE = (
@@ -65,12 +65,12 @@ class TrajectoryTask(StudentTask):
         n = torch.arange(states.shape[1])
         i = torch.randint(len(self.sigmas) - 1, n.shape, generator=draw)  # each sample its own
         x, following = states[i, n], states[i + 1, n]
-        length = (self.sigmas[i + 1] - self.sigmas[i]).to(x)[:, None, None, None]
+        length = per_sample((self.sigmas[i + 1] - self.sigmas[i]).to(x), x)
         made = self._velocity(self.student, x, self.sigmas[i], sample.told)
         return nn.functional.mse_loss(made, (following - x) / length)
 
     def _trajectory(self, number: int, sample: Sample) -> Tensor:
-        """The teacher's states (n + 1, batch, 16, h, w) at the student's noise levels."""
+        """The teacher's states (n + 1, batch, channels, …) at the student's noise levels."""
         path = self.folder / f"{number:05d}.pt"
         made = {key: getattr(self.config, key) for key in DECISIVE}
         if path.exists():

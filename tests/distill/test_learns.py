@@ -52,12 +52,11 @@ def test_the_student_goes_where_many_steps_of_its_teacher_lead(trained):
 
     def drawn(name):
         network = runs.load_model(folder, name, dataset).mmdit
-        return sample_euler(
-            lambda x, sigma: x - sigma[:, None, None, None]
-            * task._velocity(network, x, sigma, sample.told),
-            noise,
-            task.sigmas,
-        )  # fmt: skip
+
+        def denoise(x, sigma):
+            return x - sigma[:, None, None, None] * task._velocity(network, x, sigma, sample.told)
+
+        return sample_euler(denoise, noise, task.sigmas)
 
     aim = sample_euler(guided, noise, uniform(STEPS, runs.SHIFT))
     without = (sample_euler(guided, noise, task.sigmas) - aim).square().mean()

@@ -49,12 +49,12 @@ def test_trajectory_is_the_teachers_with_guidance(tmp_path):
     sample = task._sample(1, torch.Generator())
     states = task._trajectory(1, sample)
     x, told, untold = sample.noise, sample.told, sample.untold
-    expected = x
+    expected, network = x, task.backbone.teacher.mmdit
     for sigma in (torch.tensor(1.0), torch.tensor(0.95)):  # 8 steps of the teacher for 4
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             levels = sigma.expand(4)
-            with_text = modules.velocity(task.teacher.mmdit, expected, levels, *told).float()
-            without = modules.velocity(task.teacher.mmdit, expected, levels, *untold).float()
+            with_text = modules.velocity(network, expected, levels, *told).float()
+            without = modules.velocity(network, expected, levels, *untold).float()
         expected = expected - 0.05 * (without + 3 * (with_text - without))
     assert states.shape == (5, 4, *toys.SHAPE)
     # half precision on disk, and a batch of eight instead of two of four
@@ -98,14 +98,14 @@ def test_weights_are_the_average_alone(tmp_path):
     for i in range(3):
         task.step(i, 0.0)
     weights, now = task.weights(), task.student.state_dict()
-    assert weights.keys() == task.teacher.mmdit.state_dict().keys()
+    assert weights.keys() == task.backbone.teacher.mmdit.state_dict().keys()
     name = "joint_blocks.0.x_block.attn.qkv.weight"
     assert torch.equal(weights[name], task.ema[name]) and not torch.equal(weights[name], now[name])
 
 
 def test_lora_trains_only_itself_and_is_merged():
     task = toys.match(rank=2)
-    base = task.teacher.mmdit.state_dict()
+    base = task.backbone.teacher.mmdit.state_dict()
     for i in range(3):
         task.step(i, 0.0)
     weights = task.weights()

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from fewstep.distill.backbone import Copies
 from fewstep.distill.match import MatchConfig, MatchTask
 from fewstep.distill.model import FlowModel, ModelConfig
 from fewstep.distill.trajectory import TrajectoryConfig, TrajectoryTask
@@ -46,8 +47,9 @@ TRAJECTORY = TrajectoryConfig(batch=4, warmup=2, teacher_steps=8, batches=3)
 
 
 def match(start=None, **changes):
-    return MatchTask(replace(MATCH, **changes), teacher(), data, start)
+    return MatchTask(replace(MATCH, **changes), Copies(teacher()), data, start)
 
 
 def trajectory(folder, **changes):
-    return TrajectoryTask(replace(TRAJECTORY, **changes), teacher(), data, folder=folder)
+    config = replace(TRAJECTORY, **changes)
+    return TrajectoryTask(config, Copies(teacher()), data, folder=folder)
