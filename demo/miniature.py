@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..distill.model import FlowModel
+from ..distill.reflow import Mend
 from ..flow import Preset
 from ..host import modules
 from ..host.loading import load_diffusion_model
@@ -21,6 +22,7 @@ from .export import export as write_files
 from .ladder import Pictures
 from .prompts import PIECES
 from .shipped import MODELS, read_weights
+from .styles import STYLES
 
 SHOWN = 20  # pictures of a sheet
 
@@ -38,6 +40,11 @@ class Miniature:
 
     def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
         return recipe.training_batch(self.code, size, index, encoders)
+
+    def styled(self, style: str, size: int, encoders: int, index: int) -> tuple[Tensor, Mend]:
+        if style not in STYLES:
+            raise ValueError(f"style is {style!r}, expected one of {', '.join(STYLES)}")
+        return recipe.reflow_batch(self.code, size, 0, index, STYLES[style], encoders)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (n, 3, 128, 128) about [0, 1] of model-space latents (n, 16, 16, 16)."""

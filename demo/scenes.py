@@ -117,9 +117,7 @@ def silhouette(shape: str) -> tuple[np.ndarray, np.ndarray]:
     return axis, coverage(shape, 1000 * axis[None, :], 1000 * axis[:, None], 1000) > 0.5
 
 
-def _draw_into(
-    picture: np.ndarray, caption: Caption, places: Sequence[Place], line: float
-) -> None:
+def _draw_into(picture: np.ndarray, caption: Caption, places: Sequence[Place], line: float) -> None:
     ground = np.float32(PALETTE[caption.background])[:, None, None] / 255
     picture[:] = ground
     for (colour, shape), (x, y, radius) in zip(caption.objects, places, strict=True):

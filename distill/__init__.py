@@ -6,6 +6,7 @@
 | 1: regression onto the teacher's integrals | trajectory |
 | 2: distribution matching, timesteps shared or random | match, adversarial, noise |
 | 3: split-timestep fine-tuning | match (`branch`), merge |
+| a look, as a LoRA for a student | style |
 | a LoRA instead of all weights | lora |
 
 `student` is what the stages share, `backbone` what a student is made of, `loop` and `optimize` what

@@ -1,6 +1,6 @@
 """Distil a few-step model, a stage at a time.
 
-    python -m distill align | teacher | trajectory | match | split | merge
+    python -m distill align | teacher | trajectory | match | split | merge | style
     python -m distill eval | time | noise | table | export
 
 Each stage reads a configuration (see `distill/configs` and `distill/runs.py`), goes on from its own
@@ -25,9 +25,15 @@ def parse_arguments() -> argparse.Namespace:
         "trajectory": "stage 1: regress onto the teacher's integrals between the student's steps",
         "match": "stage 2: distribution matching, timesteps shared or random, adversarial heads",
         "split": "stage 3: train the branches of low and of high noise, each on its own",
+        "style": "a LoRA that draws a student's pictures another way",
     }.items():
         stage = commands.add_parser(name, help=about)
-        stage.add_argument("--config", default=name, help="JSON file, or one of distill/configs")
+        stage.add_argument(
+            "--config",
+            default=None if name == "style" else name,
+            required=name == "style",
+            help="JSON file, or one of distill/configs",
+        )
         stage.add_argument("--name", help="of the run; default the configuration's")
         stage.add_argument(
             "--set",

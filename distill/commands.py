@@ -8,9 +8,11 @@ from pathlib import Path
 from time import perf_counter
 
 from PIL import Image
+from safetensors.torch import save_file
 
 from . import runs
 from .loop import load_checkpoint
+from .lora import as_file
 from .match import RENOISE
 from .merge import RATIOS
 from .noise import noise_scale
@@ -26,7 +28,7 @@ def train(options: Namespace, dataset: Dataset) -> None:
     _train(run, options, dataset)
 
 
-align = teacher = trajectory = match = train
+align = teacher = trajectory = match = style = train
 
 
 def split(options: Namespace, dataset: Dataset) -> None:
@@ -124,7 +126,17 @@ def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[s
 
 
 def export(options: Namespace, dataset: Dataset) -> None:
-    """Write a run's GGUF files, whose metadata say how it is sampled."""
+    """Write a run's GGUF files, whose metadata say how it is sampled; of a LoRA, its own file."""
+    state = runs.checkpoint(options.folder, options.name)
+    if rank := state["config"].get("rank"):
+        path = options.models / "loras" / f"fewstep-{options.name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = as_file(state["task"]["ema"], rank)
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, {"fewstep.run": json.dumps(state["config"])})
+        temporary.replace(path)
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+        return
     for path in _export(options.name, options.models, options, dataset):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 

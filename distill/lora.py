@@ -4,6 +4,8 @@ It is torch's own parametrisation of `weight`, so that a network's code does not
 Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -37,3 +39,17 @@ def effective(network: nn.Module, name: str) -> Tensor:
     """A tensor by its name in the network without LoRA, what a LoRA adds to it included."""
     module, _, leaf = name.rpartition(".")
     return getattr(network.get_submodule(module), leaf)
+
+
+def as_file(state: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """A LoRA's tensors, by their names in the network, as ComfyUI's LoRA loaders name them.
+
+    float16: "diffusion_model.LAYER.lora_down.weight" (rank, in), ".lora_up.weight" (out, rank), and
+    ".alpha" (), which is what `add_lora` was given as `rank`.
+    """
+    tensors = {}
+    for name, value in state.items():
+        layer, _, part = name.partition(".parametrizations.weight.0.")
+        tensors[f"diffusion_model.{layer}.lora_{part}.weight"] = value.half().contiguous()
+        tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(rank))
+    return tensors

@@ -12,6 +12,7 @@ configuration, so that it can be drawn with by its name alone.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
 from .merge import merge
 from .model import FlowModel, ModelConfig
+from .reflow import Mend
+from .style import StyleConfig, StyleTask
 from .teacher import TeacherConfig, TeacherTask
 from .trajectory import TrajectoryConfig, TrajectoryTask
 from .watch import Watch
@@ -35,6 +38,7 @@ SETTINGS = {
     "teacher": TeacherConfig,
     "trajectory": TrajectoryConfig,
     "match": MatchConfig,
+    "style": StyleConfig,
 }
 TEACHERS = ("align", "teacher")
 TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 3.0  # with which a teacher is drawn
@@ -48,6 +52,9 @@ class Dataset(Protocol):
 
     def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
         """Batch number `index`: latents (size, 16, h, w) and prompts (size, encoders, 77)."""
+
+    def styled(self, style: str, size: int, encoders: int, index: int) -> tuple[Tensor, Mend]:
+        """Prompts of batch `index`, and what gives latents of theirs a look. Raises: ValueError."""
 
     def sheet(self, model: FlowModel, sigmas: Tensor, cfg: float) -> np.ndarray:
         """Pictures of a few prompts, always the same, side by side: (h, w, 3) uint8."""
@@ -73,7 +80,7 @@ class Run:
 
     name: str
     stage: str
-    settings: TeacherConfig | TrajectoryConfig | MatchConfig
+    settings: TeacherConfig | TrajectoryConfig | MatchConfig | StyleConfig
     samples: int
     teacher: str | None = None
     start: str | None = None
@@ -127,9 +134,14 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
     teacher = load_model(folder, run.teacher, dataset)
     encoders = 2 if "t5.shared.weight" in teacher.state_dict() else 1
     start = None if run.start is None else weights_of(folder, run.start)
-    given = (settings, Copies(teacher, device), _data(dataset, settings, encoders), start)
+    backbone = Copies(teacher, device)
+    given = (settings, backbone, _data(dataset, settings, encoders), start)
     if run.stage == "match":
         return MatchTask(*given)
+    if run.stage == "style":
+        shape = dataset.batch(1, encoders, 0)[0].shape[1:]
+        styled = partial(dataset.styled, settings.style, settings.batch, encoders)
+        return StyleTask(settings, backbone, styled, start, shape=shape)
     return TrajectoryTask(*given, folder=folder / f"{settings.states or run.name}-states")
 
 
@@ -208,6 +220,7 @@ def preset_of(name: str, config: dict[str, Any]) -> Preset:
         label=f"FewStep {name}",
         steps=len(sigmas) - 1,
         rows=(tuple(sigmas.tolist()),),
+        formula="uniform",  # for other numbers of steps
         shift=SHIFT,
         cfg=cfg,
         sure="H",

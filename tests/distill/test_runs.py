@@ -11,6 +11,7 @@ from fewstep.distill.loop import load_checkpoint
 from fewstep.flow import preset_from_metadata, preset_to_metadata, uniform
 from fewstep.quant import GGUFFile, write_gguf
 from fewstep.tests.distill import toys
+from safetensors.torch import load_file
 
 SIZES = {"depth": 1, "text_width": 32, "text_heads": 2, "t5_pieces": 8, "batch": 4, "warmup": 2}
 STUDENT = {"batch": 4, "warmup": 2}
@@ -25,6 +26,9 @@ class Toy:
     def batch(self, size, encoders, index):
         latents, tokens = toys.data(index, size)
         return latents, tokens[:, :encoders]
+
+    def styled(self, style, size, encoders, index):
+        return self.batch(size, encoders, index)[1], lambda latents: latents - 1
 
     def sheet(self, model, sigmas, cfg):
         return np.full((8, 8, 3), 128, np.uint8)
@@ -159,6 +163,19 @@ def test_a_runs_files_say_how_it_is_sampled(folder, capsys):
     expected = torch.tensor(runs.read_run(folder / "second.json").settings.sigmas)
     assert torch.equal(preset.sigmas(), expected)
     assert "second.gguf: 0.0 MB" in capsys.readouterr().out
+
+
+def test_a_style_is_exported_as_a_lora(folder, capsys):
+    run_all(folder)
+    write(folder, "dark", "style", STUDENT | {"style": "dark", "rank": 2}, teacher="second")
+    commands.train(options(folder, "dark", "style"), Toy())
+    given = {"name": "dark", "models": folder / "models", "recipe": "flash-8"}
+    commands.export(Namespace(folder=folder, **given), Toy())
+    path = folder / "models" / "loras" / "fewstep-dark.safetensors"
+    tensors = load_file(path)
+    name = "diffusion_model.joint_blocks.0.x_block.mlp.fc1.lora_down.weight"
+    assert tensors[name].shape[0] == 2 and tensors[name].dtype == torch.float16
+    assert "fewstep-dark.safetensors" in capsys.readouterr().out
 
 
 def test_dry_run_tells_and_saves_nothing(folder, capsys):

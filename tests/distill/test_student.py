@@ -2,11 +2,14 @@
 
 from functools import partial
 
+import comfy.lora
 import pytest
 import torch
+from fewstep.distill.backbone import Copies
 from fewstep.distill.loop import Budget, load_checkpoint, train
-from fewstep.distill.lora import add_lora
+from fewstep.distill.lora import add_lora, as_file
 from fewstep.distill.student import StudentConfig
+from fewstep.distill.style import StyleConfig, StyleTask
 from fewstep.host import modules
 from fewstep.tests.distill import toys
 
@@ -141,3 +144,38 @@ def test_checkpoint_brings_the_weights_that_sample(tmp_path):
     saved = load_checkpoint(tmp_path / "m.pt")["task"]["weights"]
     toys.teacher().mmdit.load_state_dict(saved)
     assert torch.equal(saved["final_layer.linear.weight"], task.ema["final_layer.linear.weight"])
+
+
+def test_a_loras_file_is_what_the_host_adds():
+    """The weights that ComfyUI's loader makes of the file are those that training has."""
+    task = toys.match(rank=2)
+    for i in range(3):
+        task.step(i, 0.0)
+    file = as_file(task.ema, 2)
+    stems = {name.removesuffix(".alpha") for name in file if name.endswith(".alpha")}
+    layers = {f"{stem}": f"{stem.removeprefix('diffusion_model.')}.weight" for stem in stems}
+    patches = comfy.lora.load_lora(file, layers)
+    assert len(patches) == len(stems) > 10
+    base, learned = task.backbone.teacher.mmdit.state_dict(), task.weights()
+    for layer, patch in patches.items():
+        changed = patch.calculate_weight(
+            base[layer].clone(), layer, 1.0, 1.0, None, lambda weight: weight
+        )
+        assert torch.allclose(changed, learned[layer], atol=1e-4), layer
+        assert not torch.equal(changed, base[layer])
+
+
+def test_a_style_is_learned_by_a_lora(tmp_path):
+    """What is asked for is a picture that is darker throughout."""
+    config = StyleConfig(batch=4, warmup=2, rank=4, batches=2, style="dark")
+
+    def styled(index):
+        return toys.data(index)[1], lambda latents: latents - 1
+
+    backbone = Copies(toys.teacher())
+    task = StyleTask(config, backbone, styled, shape=toys.SHAPE)
+    losses = [task.step(i, 0.0).item() for i in range(80)]
+    assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
+    assert all("parametrizations" in name for name in task.ema)
+    with pytest.raises(ValueError, match="rank is 0: a style is a LoRA"):
+        StyleConfig(rank=0)
