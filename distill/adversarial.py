@@ -48,9 +48,17 @@ class Heads(nn.Module):
             self._initialise(head, draw)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits (count, n), the mean over a picture's tokens: above 0 where it looks real."""
-        pairs = zip(self.heads, features, strict=True)
-        return torch.stack([head(feature).mean((1, 2)) for head, feature in pairs])
+        """Logits (count, n), the mean over a sample's tokens: above 0 where it looks real.
+
+        Of a network that was called for several parts of a batch, all blocks' features of one call
+        come before those of the next.
+        """
+        count = len(self.heads)
+        parts = [features[i::count] for i in range(count)]
+        pairs = zip(self.heads, parts, strict=True)
+        return torch.stack(
+            [torch.cat([head(part).mean((1, 2)) for part in own]) for head, own in pairs]
+        )
 
     def restart(
         self, chance: float, draw: torch.Generator, optimizer: torch.optim.Optimizer

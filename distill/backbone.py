@@ -61,7 +61,8 @@ class Backbone(Protocol):
         of this call, x may."""
 
     def tapped(self, network: nn.Module) -> AbstractContextManager[list[Tensor]]:
-        """A list that every block, called inside, adds its features (n, tokens, width) to."""
+        """A list that every block, whenever it is called inside, adds its features (n, tokens,
+        width) to."""
 
     def features(self) -> tuple[int, int]:
         """How many features `tapped` gives for one call, and their width."""

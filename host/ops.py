@@ -182,7 +182,8 @@ class _TakeOver:
         """function(input, weight, bias), both in the input's type, see `cast`; the result is
         checked once.
         """
-        given = self.cast(input.dtype, input.device, waiting, beside, transient=True)
+        transient = not torch.is_grad_enabled()  # autograd keeps the weight for the backward
+        given = self.cast(input.dtype, input.device, waiting, beside, transient)
         weight, bias, stream = given
         output = function(input, weight, bias)
         self.uncast(weight, bias, stream)

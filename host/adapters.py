@@ -1,0 +1,213 @@
+"""Several LoRA sets on one frozen network, switched from call to call.
+
+Teacher, student and proxy of a distillation are one network three times. Here its weights, which
+may be quantised, lie in memory once: `y = f(x) + up(down(x))`, where f is the host's own layer and
+the factors are those of the set that is switched on; with none, the network is as it was loaded.
+ComfyUI's bypass mechanism (`comfy.weight_adapter.bypass`) puts this in the layers' place and takes
+it away again; a LoRA's file has the names that its LoRA loaders know.
+
+A layer's own weight gets no gradient, so its backward needs only the weight, which is unpacked anew
+there: kernels that autograd knows nothing of may compute the forward, and no input is kept for it.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import comfy.ops
+import torch
+from comfy.quant_ops import QuantizedTensor
+from comfy.weight_adapter.base import WeightAdapterTrainBase
+from comfy.weight_adapter.bypass import BypassInjectionManager
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+ROOT = "diffusion_model"  # where a MODEL keeps its network, and how LoRA files' names begin
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The network's layers that a LoRA can learn, by name, of the host's BaseModel."""
+    return {
+        f"{ROOT}.{name}": module
+        for name, module in model.get_submodule(ROOT).named_modules()
+        if isinstance(module, comfy.ops.CastWeightBiasOp)
+        and not isinstance(module, nn.Embedding)
+        and module.weight is not None
+        and module.weight.ndim == 2
+    }
+
+
+class LowRank(nn.Module):
+    """One layer's LoRA; `up` starts at zero, so nothing changes yet. Of scale 1: alpha is rank."""
+
+    def __init__(self, rows: int, columns: int, rank: int, draw: torch.Generator):
+        super().__init__()
+        rank = min(rank, rows, columns)
+        self.down = nn.Parameter(torch.randn(rank, columns, generator=draw) * columns**-0.5)
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, x: Tensor, frozen: bool) -> Tensor:
+        """(…, columns) to (…, rows), in x's type; `frozen`: no gradient but x's."""
+        down, up = (w.detach() if frozen else w for w in (self.down, self.up))
+        return linear(linear(x, down.to(x.dtype)), up.to(x.dtype))
+
+
+class LoRASet(nn.Module):
+    """A LoRA on each of `layers`, in float32."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], rank: int, seed: int):
+        super().__init__()
+        draw = torch.Generator().manual_seed(seed)
+        self.names = list(layers)
+        shapes = (layer.weight.shape for layer in layers.values())
+        self.layers = nn.ModuleList(LowRank(*shape, rank, draw) for shape in shapes)
+
+    def state(self) -> dict[str, Tensor]:
+        """As in a LoRA's file."""
+        state = {}
+        for name, layer in zip(self.names, self.layers, strict=True):
+            state[f"{name}.lora_up.weight"] = layer.up.detach().clone()
+            state[f"{name}.lora_down.weight"] = layer.down.detach().clone()
+            state[f"{name}.alpha"] = torch.tensor(float(len(layer.down)))
+        return state
+
+    @torch.no_grad()
+    def take(self, state: Mapping[str, Tensor]) -> None:
+        """Raises: ValueError naming the first factor that does not fit."""
+        for name, layer in zip(self.names, self.layers, strict=True):
+            for part, own in (("lora_up", layer.up), ("lora_down", layer.down)):
+                given = state.get(f"{name}.{part}.weight")
+                if given is None or given.shape != own.shape:
+                    has = "nothing" if given is None else f"shape {tuple(given.shape)}"
+                    raise ValueError(
+                        f"the LoRA to start from has {has} for {name}.{part}.weight, expected "
+                        f"{tuple(own.shape)}: start from one of the same model and rank"
+                    )
+                own.copy_(given)
+
+
+class Switch:
+    """Which set the layers of one network add, None for none, and whether it is `frozen`."""
+
+    def __init__(self):
+        self.on: tuple[LoRASet | None, bool] = (None, False)
+
+    @contextmanager
+    def set(self, loras: LoRASet | None, frozen: bool) -> Iterator[None]:
+        before, self.on = self.on, (loras, frozen)
+        try:
+            yield
+        finally:
+            self.on = before
+
+
+class _Frozen(torch.autograd.Function):
+    """A layer of which only the input gets a gradient: forward by the host, backward by weight."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: nn.Module, forward) -> Tensor:
+        ctx.layer = layer
+        return forward(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        with dense_weight(ctx.layer, gradient) as weight:
+            return gradient @ weight, None, None
+
+
+@contextmanager
+def dense_weight(layer: nn.Module, like: Tensor) -> Iterator[Tensor]:
+    """A layer's weight as it is used, patches included, in the type and on the device of `like`."""
+    if isinstance(layer, comfy.ops.CastWeightBiasOp) and hasattr(layer, "gguf_file"):
+        given = layer.cast(like.dtype, like.device, layer.waiting_patch())
+    else:
+        given = comfy.ops.cast_bias_weight(layer, like, offloadable=True)
+    weight = given[0]
+    try:
+        yield weight.dequantize().to(like) if isinstance(weight, QuantizedTensor) else weight
+    finally:
+        comfy.ops.uncast_bias_weight(layer, *given)
+
+
+class _Beside(WeightAdapterTrainBase):
+    """What the host's bypass calls in a layer's place."""
+
+    def __init__(self, switch: Switch, layer: nn.Module, place: int):
+        super().__init__()
+        self.switch, self.place = switch, place
+        object.__setattr__(self, "layer", layer)  # not ours to register
+
+    def bypass_forward(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
+        made = _Frozen.apply(x, self.layer, forward)
+        loras, frozen = self.switch.on
+        return made if loras is None else made + loras.layers[self.place](x, frozen)
+
+
+@contextmanager
+def switched(model: nn.Module, recompute: bool) -> Iterator[tuple[Switch, dict[str, nn.Module]]]:
+    """The switch of a BaseModel's network, and the layers that it is for.
+
+    recompute: keep only what each block is given for the backward (gradient checkpointing).
+    """
+    switch, layers = Switch(), linear_layers(model)
+    manager = BypassInjectionManager()
+    for place, (name, layer) in enumerate(layers.items()):
+        manager.add_adapter(f"{name}.weight", _Beside(switch, layer, place))
+    injections = manager.create_injections(model)
+    lists = block_lists(model) if recompute else []
+    recomputed = [block for members in lists for block in members]
+    own = _plain_tensors(model, set(layers.values()))
+    try:
+        for injection in injections:
+            injection.inject(None)
+        for block in recomputed:
+            block.forward = _recomputing(block.forward, switch)
+        yield switch, layers
+    finally:
+        for block in recomputed:
+            del block.forward  # the class's own shows again
+        for injection in injections:
+            injection.eject(None)
+        for tensors, name, tensor in own:
+            tensors[name] = tensor
+
+
+def block_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of blocks that a BaseModel's network is made of."""
+    return [m for m in model.get_submodule(ROOT).children() if isinstance(m, nn.ModuleList)]
+
+
+def _recomputing(forward, switch: Switch):
+    """`forward` under gradient checkpointing; computed again, it sees the set of the first time."""
+
+    def run(*args, **kwargs):
+        on = switch.on
+
+        def again(args, kwargs):
+            with switch.set(*on):
+                return forward(*args, **kwargs)
+
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(again, args, kwargs, use_reentrant=False)
+
+    return run
+
+
+def _plain_tensors(model: nn.Module, but: set[nn.Module]) -> list[tuple[dict, str, Tensor]]:
+    """Put clones in place of small tensors made in inference mode, which autograd cannot keep;
+    `but`: layers whose tensors it need not keep. What stood where: (dict, name, tensor).
+    """
+    stood = []
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers) if module not in but else ():
+            for name, tensor in tensors.items():
+                if tensor is None or isinstance(tensor, QuantizedTensor):
+                    continue
+                if tensor.is_inference():
+                    stood.append((tensors, name, tensor))
+                    clone = tensor.clone()
+                    is_parameter = tensors is module._parameters
+                    tensors[name] = nn.Parameter(clone, False) if is_parameter else clone
+    return stood

@@ -1,0 +1,234 @@
+"""Any flow MODEL that ComfyUI loads, as teacher, student and proxy of a distillation.
+
+The teacher is the MODEL as it is patched; student and proxy are LoRA sets on the same frozen
+weights (see `adapters`), which may be a quantised file's (QLoRA, arXiv 2305.14314). What it is told
+is CONDITIONING through the model's own `extra_conds`, its velocity is (x − denoised) / sigma of the
+model's own `apply_model`; so whatever architecture the host knows can be trained.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import comfy.model_management as management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from torch import Tensor, nn
+
+from .adapters import LoRASet, block_lists, linear_layers, switched
+from .sampling import require_flow
+
+log = logging.getLogger(__name__)
+
+Entry = list  # one of a CONDITIONING: [tensor, options]
+SMALLEST_SIGMA = 1e-3  # below it, x − denoised is lost in rounding
+BYTES = 36  # of a LoRA's number: it, its gradient, Adam's two, twice for the proxy; its average
+UNTAUGHT = {"control", "hooks", "area", "mask", "gligen", "start_percent", "end_percent"}
+
+
+class Adapters:
+    """A `distill.backbone.Backbone` on one MODEL. Prompts are numbers of `positive`'s entries; a
+    `Text` is a list of what the network is told, an item for each sample.
+    """
+
+    hidden = ()  # a LoRA's factors all learn by AdamW
+
+    def __init__(self, patcher, switch, layers, positive, negative, shape: tuple[int, ...]):
+        self.patcher, self.switch, self.layers = patcher, switch, layers
+        self.model, self.device, self.shape = patcher.model, patcher.load_device, shape
+        self.positive = [_checked(entry, "positive") for entry in positive]
+        untold = [_checked(entry, "negative") for entry in negative or []]
+        self.negative = self._tell(untold[0], "negative") if untold else None
+
+    def student(self, config, start: dict[str, Tensor] | None) -> LoRASet:
+        """Raises: ValueError for rank 0: the weights are not to be changed."""
+        if config.rank < 1:
+            raise ValueError(f"rank is {config.rank}: a MODEL of ComfyUI learns a LoRA, 1 or more")
+        loras = LoRASet(self.layers, config.rank, config.seed)
+        if start is not None:
+            loras.take(start)
+        return loras.to(self.device)
+
+    def proxy(self, config) -> LoRASet:
+        return LoRASet(self.layers, config.rank, config.seed).to(self.device)
+
+    def read(self, prompts: Sequence[int], index, config, draw) -> tuple[list, list]:
+        told = [self._tell(self.positive[n], "positive") for n in prompts]
+        return told, [self.negative] * len(prompts)
+
+    def join(self, first: list, second: list) -> list:
+        return first + second
+
+    def velocity(
+        self, network: LoRASet | None, x: Tensor, sigma: Tensor, text: list, frozen: bool = False
+    ) -> Tensor:
+        """Prompts that the model can be told at once share a call.
+
+        Raises: the host's InterruptProcessingException when the user stops it.
+        """
+        management.throw_exception_if_processing_interrupted()
+        sigma = sigma.clamp(min=SMALLEST_SIGMA)
+        groups = _groups(text)
+        with self.switch.set(network, frozen):
+            made = [
+                self._apply(x[group], sigma[group], [text[i] for i in group]) for group in groups
+            ]
+        order = torch.tensor([i for group in groups for i in group]).argsort()
+        return torch.cat(made)[order.to(x.device)]
+
+    def _apply(self, x: Tensor, sigma: Tensor, told: list) -> Tensor:
+        options = dict(self.patcher.model_options.get("transformer_options", {}))
+        options |= {"cond_or_uncond": [0] * len(x), "uuids": [], "sigmas": sigma}
+        c = comfy.samplers.cond_cat(told, device=self.device)
+        c["transformer_options"] = options
+        wrapper = self.patcher.model_options.get("model_function_wrapper")
+        if wrapper is None:
+            denoised = self.model.apply_model(x, sigma, **c)
+        else:
+            given = {"input": x, "timestep": sigma, "c": c, "cond_or_uncond": [0] * len(x)}
+            denoised = wrapper(self.model.apply_model, given)
+        return (x - denoised).float() / sigma.view(-1, *[1] * (x.ndim - 1))
+
+    @contextmanager
+    def tapped(self, network: nn.Module) -> Iterator[list[Tensor]]:
+        """All tokens, of picture and prompt, that each block gives; of the longest list of them."""
+        features: list[Tensor] = []
+
+        def keep(_module, _args, out):
+            parts = [out] if torch.is_tensor(out) else [part for part in out if part is not None]
+            features.append(torch.cat([part.float().flatten(1, -2) for part in parts], 1))
+
+        chosen = max(block_lists(self.model), key=len)
+        hooks = [block.register_forward_hook(keep) for block in chosen]
+        try:
+            yield features
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def features(self) -> tuple[int, int]:
+        """Found by one call of the teacher."""
+        x = torch.zeros(1, *self.shape, device=self.device)
+        with torch.no_grad(), self.tapped(None) as features:
+            told = [self._tell(self.positive[0], "positive")]
+            self.velocity(None, x, torch.ones(1, device=self.device), told)
+        return len(features), features[0].shape[-1]
+
+    @torch.no_grad()
+    def follow(self, proxy: LoRASet, student: LoRASet, share: float) -> None:
+        """Of the factors, not of their products, which low rank cannot average."""
+        for value, goal in zip(proxy.parameters(), student.parameters(), strict=True):
+            value.lerp_(goal, share)
+
+    def weights(self, student: LoRASet) -> dict[str, Tensor]:
+        """The LoRA, as in its file, in float32."""
+        return student.state()
+
+    def _tell(self, entry: Entry, kind: str) -> dict:
+        """What the network is told of a CONDITIONING's entry: {name: the host's COND}."""
+        noise = torch.zeros(1, *self.shape, device=self.device)
+        conds = comfy.sampler_helpers.convert_cond([entry])
+        with torch.no_grad():
+            made = comfy.samplers.encode_model_conds(
+                self.model.extra_conds, conds, noise, self.device, kind, latent_image=noise
+            )[0]["model_conds"]
+        return {name: cond.process_cond(batch_size=1, area=None) for name, cond in made.items()}
+
+
+@contextmanager
+def training(
+    model, positive, negative, shape: tuple[int, ...], rank: int, batch: int, recompute=True
+) -> Iterator[Adapters]:
+    """A MODEL ready to learn LoRAs; afterwards it is as it was.
+
+    positive: CONDITIONING of one entry or more; negative: of one, or None. shape: of a latent,
+    without the batch. Everything that learns must be made inside. Raises: ValueError for a model
+    that is no flow model, and where memory would not do.
+    """
+    require_flow(model)
+    with torch.inference_mode(False), torch.enable_grad():
+        patcher = model.clone()
+        if patcher.model.get_dtype_inference() == torch.float16:
+            patcher.set_model_compute_dtype(torch.bfloat16)  # float16's gradients vanish
+        needed = memory_needed(patcher.model, shape, rank, batch, recompute)
+        management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
+        check_memory(needed, patcher.load_device)
+        was, management.in_training = management.in_training, True
+        try:
+            patcher.pre_run()
+            with switched(patcher.model, recompute) as (switch, layers):
+                yield Adapters(patcher, switch, layers, positive, negative, shape)
+        finally:
+            management.in_training = was
+            patcher.cleanup()
+
+
+def memory_needed(model, shape: tuple[int, ...], rank: int, batch: int, recompute: bool) -> int:
+    """Bytes beside the model's weights, estimated: what learns, and what the backward keeps.
+
+    The host's estimate of what one call takes stands for one block's share; without recomputing,
+    every block has one.
+    """
+    shapes = [layer.weight.shape for layer in linear_layers(model).values()]
+    numbers = sum(min(rank, *shape) * sum(shape) for shape in shapes)
+    call = model.memory_required([2 * batch, *shape])
+    kept = 2 if recompute else 1 + sum(map(len, block_lists(model)))
+    return int(numbers * BYTES + call * kept)
+
+
+def check_memory(needed: int, device: torch.device) -> None:
+    """Say what training will take. Raises: ValueError where that is not free."""
+    free = management.get_free_memory(device)
+    log.info(
+        "Training takes about %.2f GB beside the model; %.2f are free.", needed / 1e9, free / 1e9
+    )
+    if needed > free:
+        raise ValueError(
+            f"Training takes about {needed / 1e9:.2f} GB beside the model, and {device} has "
+            f"{free / 1e9:.2f} free: take a smaller latent, batch or rank, or a model quantised to "
+            "fewer bits."
+        )
+
+
+def _checked(entry: Entry, kind: str) -> Entry:
+    """A CONDITIONING's entry that autograd can keep. Raises: ValueError for what only concerns a
+    part of the picture or of the sampling.
+    """
+    if odd := sorted(UNTAUGHT & set(entry[1])):
+        raise ValueError(
+            f"The {kind} CONDITIONING carries {', '.join(odd)}, which a few-step LoRA does not "
+            "learn: connect the text encoder's output as it is."
+        )
+    return _plain(entry)
+
+
+def _groups(text: list[dict]) -> list[list[int]]:
+    """Places of the samples that can share a call."""
+    groups: list[list[int]] = []
+    for place, told in enumerate(text):
+        for group in groups:
+            if _alike(text[group[0]], told):
+                group.append(place)
+                break
+        else:
+            groups.append([place])
+    return groups
+
+
+def _alike(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(
+        cond.size() == other[name].size() and cond.can_concat(other[name])
+        for name, cond in one.items()
+    )
+
+
+def _plain(value):
+    """A copy of nested values, its tensors none that were made in inference mode (see autograd)."""
+    if torch.is_tensor(value):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(part) for part in value)
+    return value

@@ -1,0 +1,200 @@
+"""A host's MODEL as teacher, student and proxy: right velocities, right gradients, nothing left."""
+
+from types import SimpleNamespace
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from comfy_extras.nodes_custom_sampler import SamplerCustom
+from comfy_extras.nodes_train import LoraModelLoader
+from fewstep.flow import uniform
+from fewstep.host import loading, sampling, training
+from fewstep.tests.host import toys
+from fewstep.tests.host.published import flux
+
+SHAPE = (16, 8, 8)
+CONFIG = SimpleNamespace(rank=4, seed=3)
+
+
+def prompt(seed, tokens=7):
+    draw = torch.Generator().manual_seed(seed)
+    cond = torch.randn(1, tokens, 4096, generator=draw)
+    return [[cond, {"pooled_output": torch.randn(1, 2048, generator=draw)}]]
+
+
+POSITIVE, NEGATIVE = prompt(1) + prompt(2) + prompt(3, tokens=11), prompt(4)
+
+
+def plain(tmp_path):
+    return comfy.sd.load_diffusion_model_state_dict(toys.mmdit())
+
+
+def inference(tmp_path):
+    with torch.inference_mode():
+        return plain(tmp_path)
+
+
+def gguf(tmp_path):
+    toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    return loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+
+
+@pytest.fixture(params=[plain, inference, gguf], ids=lambda load: load.__name__)
+def model(request, exact, tmp_path):
+    return request.param(tmp_path)
+
+
+def open_training(model, recompute=True, **changes):
+    given = {"positive": POSITIVE, "negative": NEGATIVE, "shape": SHAPE, "rank": 4, "batch": 2}
+    return training.training(model, **(given | changes), recompute=recompute)
+
+
+def draw(model, seed=7):
+    sampler, latent = sampling.make_sampler("euler", None), {"samples": torch.zeros(1, *SHAPE)}
+    sigmas = uniform(2, 3.0)
+    given = (model, True, seed, 1.0, POSITIVE[:1], NEGATIVE, sampler, sigmas, latent)
+    return SamplerCustom.execute(*given).args[0]["samples"]
+
+
+def noise(n=3, seed=5):
+    return torch.randn(n, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(loras):
+    """A set that changes something."""
+    draw = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for layer in loras.layers:
+            layer.up.copy_(0.1 * torch.randn(layer.up.shape, generator=draw))
+    return loras
+
+
+def test_the_teacher_is_the_model(model):
+    drawn = draw(model)
+    with open_training(model) as backbone, torch.no_grad():
+        text, _ = backbone.read([0], 0, CONFIG, None)
+        x, (first, second, _) = None, uniform(2, 3.0)
+        start = comfy.sample.prepare_noise(torch.zeros(1, *SHAPE), 7)
+        x = start + (second - first) * backbone.velocity(None, start, first[None], text)
+        x = x - second * backbone.velocity(None, x, second[None], text)
+        ours = backbone.model.process_latent_out(x)
+    torch.testing.assert_close(ours, drawn, rtol=1e-4, atol=1e-5)
+    assert torch.equal(draw(model), drawn)
+    assert not comfy.model_management.in_training
+
+
+def test_prompts_of_several_lengths_are_told_as_one_by_one(model):
+    sigma = torch.tensor([1.0, 0.5, 0.3])
+    with open_training(model) as backbone, torch.no_grad():
+        text, untold = backbone.read([2, 0, 1], 0, CONFIG, None)
+        together = backbone.velocity(None, noise(), sigma, text)
+        for i in range(3):
+            alone = backbone.velocity(None, noise()[i : i + 1], sigma[i : i + 1], text[i : i + 1])
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+        assert (together - backbone.velocity(None, noise(), sigma, untold)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_are_those_of_small_differences(model, recompute):
+    """Also where another set was switched on before the backward."""
+    sigma = torch.full((3,), 0.7)
+    with open_training(model, recompute) as backbone:
+        loras, proxy = filled(backbone.student(CONFIG, None)), backbone.proxy(CONFIG)
+        text, _ = backbone.read([0, 1, 2], 0, CONFIG, None)
+
+        def loss():
+            first = backbone.velocity(loras, noise(), sigma, text)
+            return backbone.velocity(loras, 0.5 * first, sigma, text).square().mean()
+
+        made = loss()
+        backbone.velocity(proxy, noise(), sigma, text)
+        made.backward()
+        way = [torch.zeros_like(p) if p.grad is None else p.grad for p in loras.parameters()]
+        length = sum(part.square().sum() for part in way).sqrt()
+        assert length > 0 and all(parameter.grad is None for parameter in proxy.parameters())
+        values, step = [], 1e-2
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, part in zip(loras.parameters(), way, strict=True):
+                    parameter.add_(part, alpha=sign * step / length.item())
+                values.append(loss().item())
+                for parameter, part in zip(loras.parameters(), way, strict=True):
+                    parameter.sub_(part, alpha=sign * step / length.item())
+    # central differences: the error is of the step's square
+    assert (values[0] - values[1]) / (2 * step) == pytest.approx(length.item(), rel=0.02)
+
+
+def test_a_frozen_set_passes_its_inputs_gradient_alone(model):
+    sigma = torch.full((3,), 0.7)
+    with open_training(model) as backbone:
+        loras = filled(backbone.student(CONFIG, None))
+        text, _ = backbone.read([0, 1, 2], 0, CONFIG, None)
+        found = []
+        for frozen in (True, False):
+            x = noise().requires_grad_()
+            with backbone.tapped(loras) as features:
+                backbone.velocity(loras, x, sigma, text, frozen)
+            sum(feature.square().mean() for feature in features).backward()
+            found.append(x.grad)
+            assert any(p.grad is not None for p in loras.parameters()) is not frozen
+        assert features[0].shape[2] == backbone.features()[1] == 128
+        assert len(features) == backbone.features()[0] * 2  # prompts of two lengths: two calls
+    torch.testing.assert_close(*found)
+
+
+def test_the_lora_loads_by_the_stock_node_as_it_was_learned(model):
+    before = draw(model)
+    with open_training(model) as backbone, torch.no_grad():
+        loras = filled(backbone.student(CONFIG, None))
+        text, _ = backbone.read([0], 0, CONFIG, None)
+        start = comfy.sample.prepare_noise(torch.zeros(1, *SHAPE), 7)
+        expected = backbone.velocity(loras, start, torch.ones(1), text)
+        file = backbone.weights(loras)
+        again = backbone.student(CONFIG, file)
+        for value, own in zip(again.parameters(), loras.parameters(), strict=True):
+            assert torch.equal(value, own)
+        with pytest.raises(ValueError, match=r"shape \(128, 4\) .*same model and rank"):
+            backbone.student(SimpleNamespace(rank=2, seed=0), file)
+    patched = LoraModelLoader.execute(model, file, 1.0).args[0]
+    with open_training(patched) as backbone, torch.no_grad():
+        text, _ = backbone.read([0], 0, CONFIG, None)
+        loaded = backbone.velocity(None, start, torch.ones(1), text)
+    torch.testing.assert_close(loaded, expected, rtol=1e-3, atol=1e-4)
+    assert (draw(patched) - before).abs().max() > 1e-3
+    assert torch.equal(draw(model), before)
+
+
+def test_a_flux_learns_too():
+    sizes = flux()
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: 0.05 * torch.randn(s, generator=generator) for n, s in sizes.items()}
+    model = comfy.sd.load_diffusion_model_state_dict(weights)
+    cond = [torch.randn(1, 5, 4096), {"pooled_output": torch.randn(1, 768), "guidance": 3.5}]
+    with open_training(model, positive=[cond], negative=None, batch=1) as backbone:
+        loras = filled(backbone.student(CONFIG, None))
+        text, _ = backbone.read([0], 0, CONFIG, None)
+        with backbone.tapped(loras) as features:
+            made = backbone.velocity(loras, noise(1), torch.ones(1), text)
+        made.square().mean().backward()
+        assert made.isfinite().all() and features[0].shape == (1, 5 + 16, backbone.features()[1])
+        learned = [p.grad for p in loras.parameters() if p.grad is not None and p.grad.any()]
+        assert len(learned) > 0.9 * len(list(loras.parameters()))
+
+
+def test_what_cannot_be_learned_is_refused():
+    model = plain(None)
+    odd = [[POSITIVE[0][0], POSITIVE[0][1] | {"control": object()}]]
+    with (
+        pytest.raises(ValueError, match="positive CONDITIONING carries control"),
+        open_training(model, positive=odd),
+    ):
+        pass
+    with pytest.raises(ValueError, match="rank is 0"), open_training(model) as backbone:
+        backbone.student(SimpleNamespace(rank=0, seed=0), None)
+    with (
+        pytest.raises(ValueError, match=r"about [\d.]+ GB beside the model"),
+        open_training(model, batch=10**9),
+    ):
+        pass
+    assert not comfy.model_management.in_training
