@@ -137,6 +137,10 @@ class StudentTask:
             x = x + (following - sigma) * self._velocity(self.student, x, sigma, sample.told)
         return x
 
+    def draw(self) -> Tensor:
+        """What the student, not averaged, makes of the first batch's noise: (batch, channels, …)"""
+        return self._walk(self._sample(0, self._draw(0)), len(self.sigmas) - 1)
+
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """The averaged student, as its backbone keeps it."""

@@ -60,6 +60,11 @@ class TrajectoryTask(StudentTask):
         again = torch.Generator().manual_seed((self.config.seed + 1) * 2_000_003 + number)
         return super()._sample(number, again)
 
+    def end(self, number: int) -> Tensor:
+        """What the teacher draws of batch `number`: (batch, channels, …)."""
+        sample = self._sample(number, torch.Generator())
+        return self._trajectory(number % self.config.batches, sample)[-1].cpu()
+
     def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
         states = self._trajectory(index % self.config.batches, sample)
         n = torch.arange(states.shape[1])

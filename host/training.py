@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import comfy.model_management as management
+import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -162,6 +163,21 @@ def training(
         finally:
             management.in_training = was
             patcher.cleanup()
+
+
+def joined(model, latents: list[dict]) -> Tensor:
+    """LATENTs as one batch (m, channels, …); empty ones as the MODEL wants them.
+
+    Raises: ValueError where their sizes differ.
+    """
+    samples = []
+    for one in latents:
+        ratios = (one.get("downscale_ratio_spacial"), one.get("downscale_ratio_temporal"))
+        samples.append(comfy.sample.fix_empty_latent_channels(model, one["samples"], *ratios))
+    sizes = sorted({"x".join(map(str, one.shape[1:])) for one in samples})
+    if len(sizes) > 1:
+        raise ValueError(f"The latents are of several sizes, {', '.join(sizes)}: give one a run.")
+    return torch.cat(samples)
 
 
 def memory_needed(model, shape: tuple[int, ...], rank: int, batch: int, recompute: bool) -> int:

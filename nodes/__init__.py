@@ -2,9 +2,9 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import loaders, quantizing, sampling, text
+from . import distilling, loaders, quantizing, sampling, text
 
-NODES = [*loaders.NODES, *text.NODES, *sampling.NODES, *quantizing.NODES]
+NODES = [*loaders.NODES, *text.NODES, *sampling.NODES, *quantizing.NODES, *distilling.NODES]
 
 
 class FewStepExtension(ComfyExtension):

@@ -14,7 +14,7 @@ ROOMS = {
     "quant": set(),
     "flow": set(),
     "host": {"quant", "flow", "comfy", "comfy_kitchen", "folder_paths", "latent_preview"},
-    "nodes": {"host", "quant", "flow", "comfy_api", "folder_paths"},
+    "nodes": {"distill", "host", "quant", "flow", "comfy_api", "folder_paths"},
     "distill": {"flow", "quant", "host"},
     "demo": {"distill", "flow", "quant", "host"},
 }

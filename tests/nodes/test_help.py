@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 from fewstep.flow import PRESETS, T5_MODES
-from fewstep.nodes import quantizing, sampling, text
+from fewstep.nodes import distilling, quantizing, sampling, text
 
-NODES = [*sampling.NODES, *text.NODES, *quantizing.NODES]
+NODES = [*sampling.NODES, *text.NODES, *quantizing.NODES, *distilling.NODES]
 DOCS = Path(__file__).parents[2] / "web" / "docs"
 
 

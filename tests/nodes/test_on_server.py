@@ -5,7 +5,7 @@ import json
 
 import pytest
 from fewstep import run
-from fewstep.nodes import quantizing, sampling, text
+from fewstep.nodes import distilling, quantizing, sampling, text
 
 AUTO = "auto (from the checkpoint)"
 
@@ -20,7 +20,7 @@ def graph(**inputs):
 
 
 def test_nodes_and_their_help_are_served(server):
-    for node in [*sampling.NODES, *text.NODES, *quantizing.NODES]:
+    for node in [*sampling.NODES, *text.NODES, *quantizing.NODES, *distilling.NODES]:
         info = server.get(f"/object_info/{node.__name__}")[node.__name__]
         assert info["name"] == node.__name__ and info["description"]
         page = server.get(f"/extensions/fewstep/docs/{node.__name__}.md")

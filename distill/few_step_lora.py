@@ -1,0 +1,173 @@
+"""A few-step LoRA of any flow MODEL that ComfyUI loads: stage 1 or stage 2 on `host.training`.
+
+    lora, losses = distil(model, positive, negative, latents, Plan(sigmas=(1, 0.9, 0.75, 0.5, 0)))
+
+The losses are the miniature's. Where there are no pictures, stage 2's heads learn from what the
+teacher draws, as in SD3.5-Flash (arXiv 2509.21318), whose data are synthetic.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from ..host.learned import Progress, kept_if_stopped
+from ..host.training import Adapters, training
+from .loop import TrainingDiverged
+from .match import MatchConfig, MatchTask
+from .optimize import Adam
+from .student import StudentTask
+from .trajectory import TrajectoryConfig, TrajectoryTask
+
+log = logging.getLogger(__name__)
+
+METHODS = ("trajectory", "matching")
+PREVIEWS = 16  # drawn in a training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is learned, and how."""
+
+    sigmas: tuple[float, ...]  # that the student will draw with, from 1 to 0
+    method: str = "trajectory"  # stage 1; "matching" is stage 2
+    steps: int = 400  # updates
+    rank: int = 16
+    rate: float = 1e-4  # of AdamW, on the plateau
+    guidance: float = 1.0  # the teacher's CFG
+    batch: int = 1
+    teacher_steps: int = 24  # along the whole trajectory
+    trajectories: int = 32  # batches of the teacher's paths; then they are seen again
+    recompute: bool = True  # gradient checkpointing
+    seed: int = 0
+
+    def __post_init__(self):
+        """Raises: ValueError for a method that there is not."""
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}: expected one of {', '.join(METHODS)}")
+
+    def _shared(self) -> dict:
+        """What both stages are told; nothing of it concerns the miniature's text encoders."""
+        warmup = max(1, min(20, self.steps // 10))
+        return {
+            "sigmas": self.sigmas,
+            "guidance": self.guidance,
+            "rank": self.rank,
+            "batch": self.batch,
+            "muon_rate": 0.0,
+            "adam_rate": self.rate,
+            "warmup": warmup,
+            "seed": self.seed,
+        }
+
+    def trajectory(self) -> TrajectoryConfig:
+        return TrajectoryConfig(
+            teacher_steps=self.teacher_steps, batches=self.trajectories, **self._shared()
+        )
+
+    def match(self) -> MatchConfig:
+        """The proxy learns twice as fast as the student, whom it has to follow."""
+        return MatchConfig(
+            proxy_warmup=min(15, self.steps // 10), proxy_rate=2 * self.rate, **self._shared()
+        )
+
+
+class Pictures:
+    """Latents (m, channels, …) in the model's space and their prompts' numbers, in batches."""
+
+    def __init__(self, latents: Tensor, prompts: int, batch: int, seed: int):
+        """Raises: ValueError unless there are as many prompts as latents, or one of either."""
+        count = max(len(latents), prompts)
+        if {len(latents), prompts} - {1, count}:
+            raise ValueError(
+                f"{len(latents)} latents and {prompts} prompts: give as many of both, or one of "
+                "either"
+            )
+        self.latents, self.prompts, self.count = latents, prompts, count
+        self.batch, self.seed = batch, seed
+
+    def __call__(self, index: int) -> tuple[Tensor, list[int]]:
+        draw = torch.Generator().manual_seed((self.seed + 1) * 4_000_037 + index)
+        chosen = torch.randint(self.count, (self.batch,), generator=draw)
+        return self.latents[chosen % len(self.latents)], (chosen % self.prompts).tolist()
+
+
+class Drawn:
+    """Batches of what the teacher draws: the ends of a stage 1's trajectories."""
+
+    def __init__(self, task: TrajectoryTask):
+        self.task = task
+
+    def __call__(self, index: int) -> tuple[Tensor, list[int]]:
+        number = index % self.task.config.batches
+        return self.task.end(number), self.task.data(number)[1]
+
+
+def build(
+    plan: Plan,
+    backbone: Adapters,
+    latents: Tensor,
+    folder: Path,
+    start: dict[str, Tensor] | None = None,
+    adam: Adam = torch.optim.AdamW,
+) -> StudentTask:
+    """The task of a plan; the teacher's trajectories are kept in `folder`.
+
+    latents: (m, channels, …) in the model's space; all zero, they only say the size.
+    Raises: ValueError where the teacher's guidance needs a negative prompt.
+    """
+    if plan.guidance != 1 and backbone.negative is None:
+        raise ValueError(
+            f"guidance {plan.guidance:g} needs a negative prompt: connect one (it may be empty), "
+            "or set guidance to 1."
+        )
+    data = Pictures(latents, len(backbone.positive), plan.batch, plan.seed)
+    given = (backbone, data, start, adam)
+    if plan.method == "trajectory":
+        return TrajectoryTask(plan.trajectory(), *given, folder=folder)
+    if not latents.any():
+        teacher = TrajectoryTask(plan.trajectory(), backbone, data, folder=folder)
+        given = (backbone, Drawn(teacher), start, adam)
+    return MatchTask(plan.match(), *given)
+
+
+def steps(task: StudentTask, count: int) -> Iterator[float]:
+    """The loss of each of `count` updates. Raises: TrainingDiverged, weights as before it."""
+    for index in range(count):
+        loss = task.step(index, index / count).item()
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"The loss is {loss} at step {index} of {count}. What was learned before it is "
+                "kept; lower the learning rate, and see whether the model draws as it should."
+            )
+        yield loss
+
+
+def distil(
+    model, positive, negative, latents: Tensor, plan: Plan, start: dict[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Train, with the host's progress -> the LoRA in float32, and the loss of each update.
+
+    positive, negative: CONDITIONING. latents: (m, channels, …) as the host's nodes pass them.
+    Raises: ValueError; the host's interrupt, TrainingDiverged: both leave the LoRA so far in a
+    file that the log names.
+    """
+    losses: list[float] = []
+    shape = tuple(latents.shape[1:])
+    given = (positive, negative, shape, plan.rank, plan.batch, plan.recompute)
+    with training(model, *given) as backbone, TemporaryDirectory() as folder:
+        if latents.any():
+            latents = backbone.model.process_latent_in(latents)
+        task = build(plan, backbone, latents.clone(), Path(folder), start)
+        progress = Progress(backbone.patcher, plan.steps)
+        every = -(-plan.steps // PREVIEWS)
+        with kept_if_stopped(task.weights, lambda: len(losses)):
+            for loss in steps(task, plan.steps):
+                losses.append(loss)
+                progress(len(losses), None if len(losses) % every else task.draw())
+        return task.weights(), losses
