@@ -39,11 +39,11 @@ def lora_model(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_lora(weights: dict[str, Tensor], steps: int, prefix: str = KEPT) -> Path:
-    """Write a LoRA below the output folder, named as the stock Save LoRA node names it."""
+    """Write a LoRA below the output folder; its name says the steps, as the stock node's does."""
     folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory()
+        f"{prefix}_{steps}_steps", folder_paths.get_output_directory()
     )
-    path = Path(folder) / f"{name}_{steps}_steps_{counter:05}_.safetensors"
+    path = Path(folder) / f"{name}_{counter:05}_.safetensors"
     safetensors.torch.save_file(lora_model(weights), path)
     return path
 

@@ -81,3 +81,26 @@ def test_a_model_is_watched_quantised_inspected_and_drawn(server):
     again = copy.deepcopy(demo)
     again[loader]["inputs"]["model_name"] = name
     assert server.run(again)
+
+
+def test_a_lora_is_distilled_saved_and_drawn_with(server):
+    """The demo model, made to draw in two steps; stock nodes take the LoRA."""
+    demo = json.loads((run.ROOT / "workflows" / "api" / "demo.json").read_text("utf-8"))
+    draws = next(node for node in demo.values() if node["class_type"] == "FewStepSample")
+    inputs = draws["inputs"]
+    schedule = {"preset": AUTO, "steps": 2, "denoise": 1.0, "shift": 0.0, "model": inputs["model"]}
+    demo["s"] = {"class_type": "FewStepSchedule", "inputs": schedule}
+    told = {"positive": inputs["positive"], "latents": inputs["latent"], "sigmas": ["s", 0]}
+    told |= {"method": "trajectory", "steps": 3, "guidance": 1.0, "rank": 4, "seed": 0}
+    told |= {"learning_rate": 1e-3, "teacher_steps": 4, "trajectories": 1}
+    told["model"] = inputs["model"]
+    demo["d"] = {"class_type": "FewStepDistill", "inputs": told}
+    saved = {"lora": ["d", 0], "prefix": "loras/two", "steps": ["d", 2]}
+    demo["f"] = {"class_type": "SaveLoRA", "inputs": saved}
+    plotted = {"loss": ["d", 1], "filename_prefix": "loss"}
+    demo["p"] = {"class_type": "LossGraphNode", "inputs": plotted}
+    loaded = {"model": inputs["model"], "lora": ["d", 0], "strength_model": 1.0, "bypass": False}
+    demo["l"] = {"class_type": "LoraModelLoader", "inputs": loaded}
+    inputs["model"] = ["l", 0]
+    made = server.run(demo)
+    assert made["p"]["images"] and list(server.output.glob("loras/two_3_steps_*"))
