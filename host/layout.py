@@ -43,9 +43,8 @@ class GGUFLayout(QuantizedLayout):
             qdata = quantize(rows, qtype)
         except GGUFError as error:
             raise GGUFError(
-                f"A {qtype.name} weight cannot take a LoRA in place, as LoRA hooks and saving a "
-                f"partly loaded model ask for: {error}. Load the LoRA with an ordinary LoRA "
-                "loader, or take a Q8_0 file."
+                f"A {qtype.name} weight cannot take floats in place, as saving a partly loaded "
+                f"model may ask for: {error}. Take a Q8_0 file."
             ) from error
         params = cls.Params(orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape), qtype=qtype)
         return qdata, params

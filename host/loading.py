@@ -21,6 +21,7 @@ from .files import (
     rename_text_encoder,
     wrong_kind,
 )
+from .hooks import take_hooks
 from .layout import is_gguf
 from .lora import take_loras
 from .ops import gguf_ops
@@ -69,6 +70,7 @@ def load_diffusion_model(
         if turning:
             log.info("%s: %s", os.path.basename(path), turning)
         take_loras(model)
+        take_hooks(model)
         stay_resident(model, operations.gguf_residency)
         use_fast_attention(model)
     model.cached_patcher_init = (load_diffusion_model, (path, memory, runtime))
@@ -123,6 +125,7 @@ def load_text_encoders(
     if operations is not None:
         operations.gguf_file.check_complete()
         take_loras(clip.patcher)
+        take_hooks(clip.patcher)
         stay_resident(clip.patcher, operations.gguf_residency)
     again = (paths, clip_type, cpu, embedding_directory)
     clip.patcher.cached_patcher_init = (_text_encoder_patcher, again)

@@ -7,7 +7,7 @@
   then hands them their patches.
 
 A module's patches become a side branch; those that cannot are left to the host, which keeps the
-patched weight dense. LoRA hooks have a way of their own through the host, and keep it.
+patched weight dense. LoRA hooks join them on their way: see `hooks.py`.
 """
 
 import logging
@@ -21,25 +21,32 @@ from .side_branch import SideBranch, side_branch
 log = logging.getLogger(__name__)
 
 NAMED = 8  # weights that a line of the log names
+REMEMBERED = 4  # sets of LoRAs on a weight: hooks make conditionings take turns
 
 
-def differ(known: list, patches: list) -> bool:
-    return any(a is not b for a, b in zip(known, patches, strict=True))
+def same(known: list, patches: list) -> bool:
+    """Whether two lists of patches hold the same tensors at the same strengths."""
+    return len(known) == len(patches) and all(
+        a[1] is b[1] and (a[0], *a[2:]) == (b[0], *b[2:])
+        for a, b in zip(known, patches, strict=True)
+    )
 
 
 class TakesLoRA:
     """Mixin for a linear operation, see `ops.py`."""
 
-    written, unloaded, branch_of = False, False, ([], None)
+    written, unloaded, branches = False, False, ()  # branches: of the last few sets of LoRAs
 
     def side_branch(self, waiting: LowVramPatch | None) -> SideBranch | None:
         """Waiting LoRAs as computed beside the weight; None if there are none, or dense ones."""
         if waiting is None:
             return None
-        patches, (known, branch) = waiting.patches[waiting.key], self.branch_of
-        if len(known) != len(patches) or differ(known, patches):
-            branch = side_branch(patches, tuple(self.weight.shape))
-            self.branch_of = patches[:], branch
+        patches = waiting.patches[waiting.key]
+        for known, branch in self.branches:
+            if same(known, patches):
+                return branch
+        branch = side_branch(patches, tuple(self.weight.shape))
+        self.branches = ((patches[:], branch), *self.branches[: REMEMBERED - 1])
         return branch
 
     @property
@@ -52,7 +59,7 @@ class TakesLoRA:
             return True
         if not self.comfy_force_cast_weights:  # then the attribute means that it is offloaded
             return False
-        return not self.unloaded and self.waiting_patch() is self.gguf_patch
+        return not self.unloaded and self.loaders_patch() is self.gguf_patch
 
     @comfy_patched_weights.setter
     def comfy_patched_weights(self, written: bool):
@@ -64,25 +71,29 @@ class TakesLoRA:
     def comfy_patched_weights(self):
         """The host takes all patches away."""
         self.written, self.unloaded = False, False
-        self.gguf_patch, self.branch_of = None, ([], None)
+        self.gguf_patch, self.branches = None, ()
 
 
 class HandOver:
-    """Host's ON_LOAD callback of one model: gives fully loaded modules their patches, and logs
-    once for each set of LoRAs which weights they meet, and how.
+    """Host's ON_LOAD callback of one model: gives fully loaded modules their patches, and for each
+    new set of LoRAs drops the last one's branches and logs once which weights it meets, and how.
     """
 
     def __init__(self):
-        self.logged = None
+        self.known = None
 
     def __call__(self, patcher, device, *_loading):
+        new, self.known = self.known != patcher.patches_uuid, patcher.patches_uuid
+        if new:
+            for module in patcher.model.modules():
+                if isinstance(module, TakesLoRA):
+                    module.branches = ()
         for key in patcher.patches:
             path, _, name = key.rpartition(".")
             module = patcher.model.get_submodule(path)
             if isinstance(module, TakesLoRA) and not patcher.is_dynamic():
                 hand_over(patcher, module, key, name, device)
-        if patcher.patches and self.logged != patcher.patches_uuid:
-            self.logged = patcher.patches_uuid
+        if new and patcher.patches:
             log.info("%s", summary(patcher))
 
 

@@ -17,6 +17,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..quant import dequantize_rows
 from .cpu import multiply_packed, product_dtype
+from .hooks import TakesHooks, is_loaders
 from .layout import is_gguf
 from .lora import TakesLoRA
 from .residency import Residency
@@ -51,14 +52,13 @@ class SourceFile:
         )
 
 
-class _TakeOver:
+class _TakeOver(TakesHooks):
     """Mixin for operations whose weight may stay quantised. `gguf_file` is their SourceFile,
     `gguf_residency` may keep what is unpacked; `gguf_exact` asks for products as the host would
     compute them, `gguf_text` marks text encoders.
     """
 
     comfy_force_cast_weights = gguf_exact = gguf_text = False
-    gguf_patch = None  # the host's `LowVramPatch`: LoRAs that wait to be applied
 
     def __init__(self, *args, device=None, **kwargs):
         super().__init__(*args, device="meta", **kwargs)  # the weights bring their own memory
@@ -143,8 +143,9 @@ class _TakeOver:
         is computed `beside` the weight; and the host's return token. `transient`: until the next.
         """
         functions = self.weight_function
-        if beside:
-            self.weight_function = [f for f in functions if f is not waiting]
+        ours = waiting is not None and (beside or waiting not in functions)
+        if ours:  # `waiting` holds what the host hung among the functions
+            self.weight_function = [f for f in functions if not is_loaders(f)]
         try:
             # asked for a quantised weight in its own type, the host leaves the unpacking to us
             packed = is_gguf(self.weight) and not self.weight_function
@@ -157,7 +158,7 @@ class _TakeOver:
             )
         finally:
             self.weight_function = functions
-        patched = waiting is not None and not beside and waiting not in functions
+        patched = ours and not beside
         if isinstance(weight, QuantizedTensor):
             weight = weight.to(dtype=dtype)
             if patched:
@@ -167,13 +168,6 @@ class _TakeOver:
         if patched:
             weight = waiting(weight.clone() if weight is self.weight else weight)
         return weight, bias, stream
-
-    def waiting_patch(self):
-        """The `LowVramPatch` of this weight: the host hangs it among the weight's functions where
-        it keeps the weight offloaded.
-        """
-        offloaded = (f for f in self.weight_function if getattr(f, "is_lowvram_patch", False))
-        return next(offloaded, self.gguf_patch)
 
     def uncast(self, weight, bias, stream):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
@@ -289,9 +283,10 @@ def gguf_ops(
         class Embedding(TakeOver, host.Embedding):
             def forward_comfy_cast_weights(self, input, out_dtype=None):
                 """Only the rows asked for are dequantised."""
-                if self.gguf_patch is not None:
+                waiting = self.waiting_patch()
+                if waiting is not None and waiting not in self.weight_function:
                     dtype = out_dtype or self.weight.dtype
-                    weight, bias, stream = self.cast(dtype, input.device, self.waiting_patch())
+                    weight, bias, stream = self.cast(dtype, input.device, waiting)
                     rows = torch.nn.functional.embedding(input, weight)
                 elif is_gguf(self.weight) and not self.weight_function:
                     weight, bias, stream = comfy.ops.cast_bias_weight(

@@ -2,7 +2,6 @@
 host is asked for float32 (`exact`; test_cpu.py has the other way).
 """
 
-import comfy.hooks
 import comfy.model_patcher
 import comfy.sample
 import comfy.sd
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 QKV = "joint_blocks.0.x_block.attn.qkv"
 
 
-def sample(model, steps=2, hooks=None):
+def sample(model, steps=2):
     g = torch.Generator().manual_seed(3)
     cond = [
         [
@@ -27,8 +26,6 @@ def sample(model, steps=2, hooks=None):
             {"pooled_output": torch.randn(1, 2048, generator=g)},
         ]
     ]
-    if hooks is not None:
-        cond = comfy.hooks.set_hooks_for_conditioning(cond, hooks)
     latent = torch.zeros(1, 16, 8, 8)
     noise = torch.randn(latent.shape, generator=g)
     return comfy.sample.sample(
@@ -330,7 +327,7 @@ def test_damaged_safetensors_is_named(tmp_path, loader, content, said):
         LOADERS[loader](str(tmp_path / "s.SAFETENSORS"))
 
 
-def test_a_lora_hook_writes_the_sum_in_the_weights_own_type():
+def test_floats_in_a_weights_place_take_its_own_type():
     """K-quants too, which gguf-py cannot write."""
     blocks, qtype, shape = toys.random_blocks(torch.zeros(4, 256), T.Q4_K)
     weight = wrap(blocks, qtype, shape)
@@ -340,8 +337,8 @@ def test_a_lora_hook_writes_the_sum_in_the_weights_own_type():
     assert (patched.dequantize().float() - wanted).norm() < 0.1 * wanted.norm()
 
 
-def test_lora_hook_on_a_type_that_needs_an_importance_says_so():
+def test_floats_in_place_of_a_type_that_needs_an_importance_are_refused():
     blocks, qtype, shape = toys.random_blocks(torch.zeros(4, 256), T.IQ1_S)
     weight = wrap(blocks, qtype, shape)
-    with pytest.raises(ValueError, match=r"IQ1_S .* LoRA in place, .* needs an importance"):
+    with pytest.raises(ValueError, match=r"IQ1_S .* floats in place, .* needs an importance"):
         weight.requantize_from_float(torch.zeros(4, 256))
