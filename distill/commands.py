@@ -56,11 +56,13 @@ def dry_run(run: Run, folder: Path, dataset: Dataset, device: str) -> str:
     loss = task.step(1, 0.0)
     seconds = perf_counter() - start
     size = sum(value.nbytes for value in _tensors(task.state_dict()))
+    needed = runs.memory_of(task, dataset)
     steps = -(-run.samples // task.batch)
     lines = [f"{key}: {value}" for key, value in run.described().items()]
     lines += [
         f"loss {loss:.4f}; {steps} steps of {task.batch} samples, {seconds:.2f} s each",
-        f"about {steps * seconds / 60:.0f} minutes, and {size / 1e6:.0f} MB of weights and state",
+        f"about {steps * seconds / 60:.0f} minutes, {needed / 1e9:.1f} GB of memory beside the "
+        f"weights, and {size / 1e6:.0f} MB on disk",
     ]
     return "\n".join(lines)
 

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..flow import Preset, check_sigmas, uniform
+from ..host.training import check_memory
 from .align import AlignTask
 from .backbone import Copies
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
+from .memory import memory_needed
 from .merge import merge
 from .model import FlowModel, ModelConfig
 from .reflow import Mend
@@ -163,8 +166,12 @@ def _data(dataset: Dataset, settings, encoders: int):
 def train_run(
     run: Run, folder: Path, dataset: Dataset, device: str = "cpu", sheet_minutes: float = 5.0
 ) -> Done:
-    """Train a run to the end of its budget, going on from its own checkpoint if there is one."""
+    """Train a run to the end of its budget, going on from its own checkpoint if there is one.
+
+    Raises: ValueError with an estimate where there is too little memory.
+    """
     task = build(run, folder, dataset, device)
+    check_memory(memory_of(task, dataset), torch.device(device))
     sigmas, cfg = schedule(run.described())
 
     def sheet() -> np.ndarray:
@@ -173,6 +180,13 @@ def train_run(
     watch = Watch(folder, run.name, lambda: task.metrics, sheet, sheet_minutes)
     path = folder / f"{run.name}.pt"
     return train(task, path, Budget(samples=run.samples), 60, run.described(), watch)
+
+
+def memory_of(task: Task, dataset: Dataset) -> int:
+    """Bytes that a run will take beside the weights that it starts from, estimated."""
+    model = task.model if isinstance(task, TeacherTask) else task.backbone.teacher
+    height, width = dataset.batch(1, 1, 0)[0].shape[2:]
+    return memory_needed(task, model, height * width)
 
 
 def _drawn(task: Task) -> FlowModel:

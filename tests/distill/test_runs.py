@@ -185,8 +185,18 @@ def test_dry_run_tells_and_saves_nothing(folder, capsys):
     given.dry_run, given.set = True, ["renoise=random", "samples=400"]
     commands.train(given, Toy())
     out = capsys.readouterr().out
-    assert "renoise: random" in out and "100 steps of 4 samples" in out and "MB" in out
+    assert (
+        "renoise: random" in out and "100 steps of 4 samples" in out and "0.0 GB of memory" in out
+    )
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_too_little_memory_is_said_before_anything_is_trained(folder):
+    given = options(folder, "teacher", "teacher")
+    given.set = ["batch=1000000000"]
+    with pytest.raises(ValueError, match=r"Training takes about \d+\.\d+ GB .* smaller .*batch"):
+        commands.train(given, Toy())
+    assert not (folder / "teacher.pt").exists()
 
 
 def test_a_checkpoint_of_other_settings_is_refused(folder):
