@@ -30,9 +30,14 @@ LARGE_WEIGHT = 2**20  # weights of a matrix above which its product is worth rou
 LARGE_QUERY = 2**18  # numbers in an attention's queries, likewise
 
 
-@cache
+@torch.compiler.assume_constant_result
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16."""
+    return _ask_and_tell()
+
+
+@cache
+def _ask_and_tell() -> bool:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
     found = sorted(name for name, there in capabilities.items() if there and "bf16" in name)
     if found:

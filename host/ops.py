@@ -16,6 +16,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 
 from ..quant import dequantize_rows
+from .compiled import OneOperation
 from .cpu import multiply_packed, product_dtype
 from .hooks import TakesHooks, is_loaders
 from .layout import is_gguf
@@ -181,7 +182,7 @@ class _TakeOver(TakesHooks):
         weight, bias, stream = given
         output = function(input, weight, bias)
         self.uncast(weight, bias, stream)
-        if not self.gguf_checked:
+        if not torch.compiler.is_compiling() and not self.gguf_checked:
             self.check(input, weight, output)
         return output
 
@@ -228,7 +229,7 @@ def gguf_ops(
     class GGUFOps(host):
         gguf_file, gguf_residency = TakeOver.gguf_file, TakeOver.gguf_residency
 
-        class Linear(TakesLoRA, TakeOver, host.Linear):
+        class Linear(OneOperation, TakesLoRA, TakeOver, host.Linear):
             turned = False  # whether the weight is as `runtime` multiplies it
 
             def _load_from_state_dict(self, *args):

@@ -19,9 +19,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     (pictures, _, heads, width), fits = q.shape, k.shape == v.shape
     fits &= k.shape == (pictures, k.shape[1], heads, width) and width % 64 == 0
     fits &= all(t.is_cpu and t.dtype == torch.float32 for t in (q, k, v))
-    if not fits or torch.compiler.is_compiling() or (module := _kernel()) is None:
+    if not fits or not _is_there():
         return None
-    return module.attend(*(t.contiguous() for t in (q, k, v)))
+    return (_as_operation if torch.compiler.is_compiling() else _attend)(q, k, v)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _kernel().attend(*(t.contiguous() for t in (q, k, v)))
+
+
+_as_operation = torch.library.custom_op("fewstep::attend", _attend, mutates_args=())
+
+
+@_as_operation.register_fake
+def _(q, k, v):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@torch.compiler.assume_constant_result
+def _is_there() -> bool:
+    return _kernel() is not None
 
 
 @cache

@@ -164,7 +164,7 @@ def test_an_attention_of_the_users_own_wins(bfloat16, tmp_path):
 
 
 def test_says_once_what_the_cpu_can_do(caplog):
-    cpu.multiplies_bfloat16.cache_clear()
+    cpu._ask_and_tell.cache_clear()
     with caplog.at_level(logging.INFO, logger=cpu.__name__):
         assert cpu.multiplies_bfloat16() == cpu.multiplies_bfloat16()
     assert len(caplog.records) == 1 and "bfloat16" in caplog.text

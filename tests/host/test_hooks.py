@@ -70,9 +70,9 @@ def keyframed(hooks, *frames):
     return stock.SetHookKeyframes().set_hook_keyframes(hooks, group)[0]
 
 
-def draw(model, positive=None, negative=None, steps=4):
-    """With guidance, each conditioning with hooks of its own."""
-    g = torch.Generator().manual_seed(3)
+def draw(model, positive=None, negative=None, steps=4, seed=3):
+    """With guidance, each conditioning with hooks of its own; `seed` of prompts and noise."""
+    g = torch.Generator().manual_seed(seed)
     conds = []
     for held in (positive, negative):
         pooled = {"pooled_output": torch.randn(1, 2048, generator=g)}

@@ -80,3 +80,11 @@ def test_what_is_left_to_torch():
     assert attend(*(t.bfloat16() for t in tensors(1, 4, 4, 2, 64))) is None
     q, k, v = tensors(1, 4, 4, 2, 64)
     assert attend(q, k[:, :, :1], v[:, :, :1]) is None  # shared keys
+
+
+def test_is_one_operation_of_a_compiled_graph():
+    """Transposed inputs too, as models have them."""
+    qkv = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in tensors(2, 9, 11, 3, 64)]
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(*qkv), attend(*qkv))
+    torch.library.opcheck(torch.ops.fewstep.attend.default, qkv)
