@@ -16,18 +16,15 @@ from fewstep.tests.host import toys
 from fewstep.tests.host.test_lora import (
     CLOSE,
     CPU,
+    DENSE,
     KEY,
     ROWS,
-    difference,
-    dora,
     forward,
     load,
-    loha,
     lokr,
     low_rank,
     module,
     normal,
-    oft,
 )
 from gguf import GGMLQuantizationType as T
 from safetensors.torch import save_file
@@ -140,7 +137,7 @@ def test_conditionings_with_hooks_of_their_own_take_turns(exact, models, hook):
         torch.testing.assert_close(draw(model, *held), draw(reference, *held), **CLOSE)
 
 
-@pytest.mark.parametrize("make", [lokr, loha, oft, dora, difference])
+@pytest.mark.parametrize("make", DENSE)
 def test_other_adapters(exact, models, hook, make):
     model, reference = models
     held, plain = hook(make()), draw(model)

@@ -132,7 +132,28 @@ def difference():
     return {f"{KEY}.diff": normal(ROWS, COLUMNS)}
 
 
-@pytest.mark.parametrize("make", [lokr, loha, oft, dora, difference])
+def boft():
+    return {f"{KEY}.oft_blocks": normal(2, ROWS // 8, 8, 8), f"{KEY}.alpha": torch.tensor(1.0)}
+
+
+def glora():
+    shapes = {"a1": (COLUMNS, 4), "a2": (4, COLUMNS), "b1": (ROWS, 4), "b2": (4, COLUMNS)}
+    return {f"{KEY}.{n}.weight": normal(*s, seed=i) * 3 for i, (n, s) in enumerate(shapes.items())}
+
+
+def replaced():
+    return {f"{KEY}.set_weight": normal(ROWS, COLUMNS)}
+
+
+def reshaped():
+    """As LoRAs do that widen a layer; here to the size that it has."""
+    return low_rank() | {f"{KEY}.reshape_weight": torch.tensor([ROWS, COLUMNS])}
+
+
+DENSE = [lokr, loha, oft, boft, glora, dora, difference, replaced, reshaped]
+
+
+@pytest.mark.parametrize("make", DENSE)
 def test_other_adapters_are_added_to_the_weight(exact, models, make):
     model, reference = models
     plain = sample(model)
@@ -141,8 +162,29 @@ def test_other_adapters_are_added_to_the_weight(exact, models, make):
     assert torch.equal(drawn, sample(load(reference, make())))
     assert not torch.equal(drawn, plain)
     assert branch_of(module(model)) is None and KEY + ".weight" in patched.backup
+    half = sample(load(model, make(), 0.5))
+    assert torch.equal(half, sample(load(reference, make(), 0.5)))
+    assert make is replaced or not torch.equal(half, drawn)  # what is set has no strength
     assert torch.equal(sample(model), plain)
     assert is_gguf(weight(model))
+
+
+def test_a_lora_that_widens_a_layer(exact, models):
+    """As those for FLUX.1's tools do: the layer then takes more inputs."""
+    wide = COLUMNS + 32
+    up, down = normal(ROWS, 4), normal(4, wide, seed=1)
+    file = {f"{KEY}.lora_up.weight": up, f"{KEY}.lora_down.weight": down}
+    file[f"{KEY}.reshape_weight"] = torch.tensor([ROWS, wide])
+    model, _ = models
+    layer, x = module(model), normal(3, wide, seed=2)
+    padded = torch.nn.functional.pad(weight(model).to(torch.float32).dequantize(), (0, 32))
+    truth = torch.nn.functional.linear(x, padded + up @ down, layer.bias)
+    patched = load(model, file)
+    for memory in (0, 1):  # wholly, or kept offloaded
+        patched.patch_model(CPU, lowvram_model_memory=memory)
+        torch.testing.assert_close(layer(x), truth, **CLOSE)
+        patched.detach()
+    assert is_gguf(weight(model)) and weight(model).shape == (ROWS, COLUMNS)
 
 
 def test_mixed_with_a_dense_one_on_the_same_weight_all_go_the_dense_way(exact, models):
@@ -169,7 +211,7 @@ def forward(patcher):
         return patcher.model.diffusion_model(normal(1, 16, 8, 8), torch.ones(1) * 500, **options)
 
 
-@pytest.mark.parametrize("make", [low_rank, lokr])
+@pytest.mark.parametrize("make", [low_rank, *DENSE])
 def test_loaded_fully_or_partly_and_in_any_order_it_is_the_same(exact, models, make):
     patched, reference = (load(m, make() | {f"{KEY}.diff_b": normal(ROWS)}) for m in models)
     reference.patch_model(CPU)
