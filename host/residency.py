@@ -4,7 +4,8 @@ A step unpacks each weight once, and forgets it. Kept, it need not be unpacked a
 half times the memory (a Q6_K weight in bfloat16): some hundredths of a step on a CPU. Which weights
 are kept is settled before each sampling: those that were used most so far come first. The memory is
 given back when the host unloads or moves the weight, or the model as a whole; and, where the budget
-is what was free ("auto"), as others take it up.
+is what was free ("auto"), as others take it up. The host's dynamic VRAM takes a model's memory away
+without telling it: "auto" then keeps nothing beyond a sampling.
 """
 
 from threading import get_ident
@@ -91,6 +92,11 @@ class Residency:
                 self.refused.add(module)
                 self.release(module)
 
+    def rest(self, patcher) -> None:
+        """Host's ON_CLEANUP callback, after sampling."""
+        if self.automatic and patcher.is_dynamic():
+            self.kept.clear()
+
     def give_back(self, _patcher, unpatch_all: bool) -> None:
         """Host's ON_DETACH callback; `unpatch_all` is False as a clone takes them over."""
         if unpatch_all:
@@ -126,4 +132,5 @@ def stay_resident(patcher, residency: Residency) -> None:
     is unloaded.
     """
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, residency.settle)
+    patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, __name__, residency.rest)
     patcher.add_callback_with_key(CallbacksMP.ON_DETACH, __name__, residency.give_back)

@@ -86,6 +86,35 @@ def test_auto_takes_what_is_free_and_gives_it_back(path, monkeypatch):
     assert kept.size == 0
 
 
+def test_auto_gives_back_what_the_host_asks_for(path, monkeypatch):
+    """As it does before it loads another model."""
+    model = loading.load_diffusion_model(path, "auto")
+    monkeypatch.setattr(residency, "spare", lambda _: 2**30)
+    sample(model)
+    kept, free = kept_by(model), 2**30
+    before = kept.size
+    found = {True: (free, free), False: free}
+    monkeypatch.setattr(
+        management, "get_free_memory", lambda device, torch_free_too=False: found[torch_free_too]
+    )
+    management.free_memory(free + model.model_size() // 2, CPU)
+    assert 0 < kept.size < before
+    management.free_memory(free + 2 * model.model_size(), CPU)
+    assert before > 0 and kept.size == 0 and not kept.scratch
+
+
+def test_auto_keeps_nothing_where_the_host_does_not_say_that_it_takes_memory(path, monkeypatch):
+    """Its dynamic VRAM, which this machine has not."""
+    monkeypatch.setattr(residency, "spare", lambda _: 2**30)
+    for memory, dynamic in (("auto", True), ("auto", False), ("2 GB", True)):
+        model = loading.load_diffusion_model(path, memory)
+        sample(model)
+        kept = kept_by(model)
+        assert kept.size > 0
+        kept.rest(SimpleNamespace(is_dynamic=lambda dynamic=dynamic: dynamic))
+        assert (kept.size == 0) == ((memory, dynamic) == ("auto", True))
+
+
 def test_what_stays_free(monkeypatch):
     monkeypatch.setattr(management, "get_free_memory", lambda _: 20e9)
     monkeypatch.setattr(management, "get_total_memory", lambda _: 32e9)
@@ -135,6 +164,7 @@ in_process.prepare()
 import comfy.model_management as management
 from fewstep.host import loading
 from fewstep.tests.host.test_loading import sample
+from fewstep.tests.host.test_lora import KEY, load
 
 def say(what):
     gc.collect()
@@ -148,6 +178,13 @@ model = loading.load_diffusion_model(sys.argv[2], sys.argv[3])
 say("loaded")
 sample(model, 1)
 say("drawn")
+(loaded,) = management.current_loaded_models
+loaded.model_unload(model.model_size() // 2)  # as another model needs room
+say("asked")
+up, down = torch.ones(1536, 4), torch.ones(4, 512)
+lora = {KEY + ".lora_up.weight": up, KEY + ".lora_down.weight": down}
+sample(load(model, lora, 0.01), 1)
+say("again")
 management.unload_all_models()
 say("unloaded")
 del model
@@ -181,6 +218,7 @@ def test_memory_as_the_system_sees_it(path, tmp_path):
     assert low["drawn"] - low["start"] < 1.05 * file + slack
     unpacked = 3 * file  # at least, of Q8_0 in float32
     assert all_kept["drawn"] - all_kept["start"] > file + 0.8 * unpacked
+    assert all_kept["asked"] < all_kept["drawn"] - unpacked / 4
     assert all_kept["unloaded"] - all_kept["start"] < 1.05 * file + slack
     assert max(low["gone"] - low["start"], all_kept["gone"] - all_kept["start"]) < slack
 
