@@ -2,6 +2,7 @@
 
     python -m bench [--peer-gguf CLONE] [--types Q6_K,Q4_K] [--pixels 256,512] [--out FOLDER]
 
+Measured are the first picture (file to first step, and peak memory), a step, LoRAs, dequantising.
 Sides: this project; ComfyUI itself with the model unquantised; a clone of city96/ComfyUI-GGUF; and
 stable-diffusion.cpp, if the package stable-diffusion-cpp-python is installed. Each runs in a
 process of its own (`worker.py`), and they take turns, so that a busy spell of the machine meets
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from . import chart, table
+from . import cache, chart, table
 from .machine import processor
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,13 +69,14 @@ def main() -> None:
     if importlib.util.find_spec("stable_diffusion_cpp"):
         sides["cpp"] = None  # its files, when they are made
     sides = {name: given for name, given in sides.items() if name not in options.leave_out}
-    result = {"setting": setting(options), "steps": [], "first": [], "loras": []}
+    result = {"setting": setting(options), "first": [], "steps": [], "loras": []}
     with tempfile.TemporaryDirectory() as temporary:
         paths = make_files(options, options.files or temporary, options.types)
         if "cpp" in sides:
             sides["cpp"] = tuple(paths[part] for part in ("CLIP-L", "CLIP-G", "VAE"))
         result["rates"] = rates(options)
         for qtype in options.types:
+            measure_first(options, sides, paths, qtype, result)
             measure(options, sides, paths, qtype, result)
     result["setting"]["load"] = [*result["setting"]["load"], os.getloadavg()[0]]
     text = table.report(result)
@@ -98,6 +100,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runtime", help=runtime_help)
     parser.add_argument("--pixels", type=words, default=["256", "512"], help="sides of the picture")
     parser.add_argument("--repeats", type=int, default=5)
+    first_help = "how often each side starts anew for a first picture, cold and warm; 0: never"
+    parser.add_argument("--first", type=int, default=3, help=first_help)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     clock_help = "cpu: processor time of all threads, for a busy machine (with --threads 1)"
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=clock_help)
@@ -117,29 +121,52 @@ def make_files(options: argparse.Namespace, folder: str, types: list[str]) -> di
 
 def rates(options: argparse.Namespace) -> dict[str, list[float]]:
     worker = Side("fewstep", options.threads)
-    answer = worker(do="rates", weights=2**23, repeats=options.repeats, clock=options.clock)[
-        "rates"
-    ]
+    weights = 2**27 if torch.cuda.is_available() else 2**23
+    answer = worker(do="rates", weights=weights, repeats=options.repeats, clock=options.clock)
     worker.close()
-    return answer
+    return answer["rates"]
+
+
+def measure_first(options, sides, paths, qtype, result) -> None:
+    """From the file to the first step, each side in a process that starts anew; adds to `result`.
+
+    Cold: nothing of the files is in the system's cache, as on the first picture of the day.
+    """
+    for size in map(int, options.pixels):
+        for cold in (True, False) if cache.CAN_FORGET else (False,):
+            start = (options, sides, paths, qtype, size, cold)
+            if turns := [first_turn(*start) for _ in range(options.first)]:
+                row = {"type": qtype, "pixels": size, "cold": cold, "turns": turns}
+                result["first"].append(row)
+                seconds = table.medians(table.of_first(turns, table.first_picture))
+                say(f"{qtype} {size}², first, {'cold' if cold else 'warm'}: {seconds}")
+
+
+def first_turn(options, sides, paths, qtype, size: int, cold: bool) -> dict[str, dict]:
+    turn = {}
+    for name, given in sides.items():
+        worker = Side(name, options.threads, *given)
+        file = paths["F16" if name == "host" else qtype]
+        for path in (file, *(given if name == "cpp" else ())):
+            (cache.forget if cold else cache.remember)(path)
+        turn[name] = {"load": worker(do="load", file=file)[options.clock]}
+        turn[name]["step"] = worker(do="step", pixels=size)[options.clock]
+        turn[name] |= worker(do="memory")
+        worker.close()
+    return turn
 
 
 def measure(options, sides, paths, qtype, result) -> None:
     """All sides on one type of file, in turns; adds rows to `result`."""
     pixels, clock = [int(p) for p in options.pixels], options.clock
     for size in pixels:
-        workers, loads = {}, {}
+        workers = {}
         for name, given in sides.items():
             workers[name] = Side(name, options.threads, *given)
-            file = paths["F16" if name == "host" else qtype]
-            loads[name] = workers[name](do="load", file=file)[clock]
+            workers[name](do="load", file=paths["F16" if name == "host" else qtype])
         turns = [take_turn(workers, size, clock) for _ in range(options.repeats + 1)]
         result["steps"].append({"type": qtype, "pixels": size, "turns": turns[1:]})
         say(f"{qtype} {size}²: {table.medians(turns[1:])}")
-        for name, worker in workers.items():
-            row = {"type": qtype, "pixels": size, "side": name, "load": loads[name]}
-            row |= {"first_step": turns[0][name], **worker(do="memory")}
-            result["first"].append(row)
         for name in ("fewstep", "peer-gguf"):
             if name in workers and size == pixels[-1] and not options.no_loras:
                 turns = [lora_turn(workers[name], size, clock) for _ in range(options.repeats)]

@@ -51,18 +51,43 @@ def report(result: dict) -> str:
 
 
 def against(row: dict, name: str) -> str:
-    return "" if name == OURS else ratio(row["turns"], name, OURS)
+    left_out = name == OURS or OURS not in row["turns"][0]
+    return "" if left_out else ratio(row["turns"], name, OURS)
+
+
+def first_picture(run: dict) -> float:
+    return run["load"] + run["step"]
+
+
+def peak_memory(run: dict) -> float:
+    """Of the process and of the device, in bytes."""
+    return run["bytes"] + run["device_bytes"]
+
+
+def of_first(turns: list[dict], number) -> list[dict[str, float]]:
+    """One number of each side's run, turn by turn."""
+    return [{name: number(run) for name, run in turn.items()} for turn in turns]
 
 
 def first_and_memory(result: dict) -> list[str]:
     body = []
     for row in result["first"]:
-        sizes = [f"{row[key] / 1e9:.1f} GB" for key in ("bytes", "device_bytes") if row[key]]
-        times = [f"{row['load']:.1f} s", f"{row['load'] + row['first_step']:.1f} s"]
-        place = [row["type"], f"{row['pixels']}²", LABELS[row["side"]]]
-        body.append([*place, *times, " + ".join(sizes)])
-    head = ["Type", "Picture", "Side", "Load", "Load and first step", "Peak memory"]
-    return [*rows(head, body), "", "stable-diffusion.cpp holds text encoders and a VAE, too."]
+        seconds, memory = (of_first(row["turns"], f) for f in (first_picture, peak_memory))
+        loads = medians(of_first(row["turns"], lambda run: run["load"]))
+        for name, median_seconds in medians(seconds).items():
+            place = [row["type"], f"{row['pixels']}²", "cold" if row["cold"] else "warm"]
+            times = [f"{loads[name]:.1f} s", f"{median_seconds:.1f} s"]
+            gigabytes = f"{exact_medians(memory)[name] / 1e9:.1f} GB"
+            compared = [against({"turns": each}, name) for each in (seconds, memory)]
+            body.append([*place, LABELS[name], *times, compared[0], gigabytes, compared[1]])
+    ours = "Times ours (least–most)"
+    head = ["Type", "Picture", "File", "Side", "Load", "First step done", ours, "Peak memory", ours]
+    return [
+        *rows(head, body),
+        "",
+        "Cold: the files are not in the system's cache. Pages of mapped files count as memory; "
+        "stable-diffusion.cpp holds text encoders and a VAE, too.",
+    ]
 
 
 def loras(result: dict) -> list[str]:

@@ -139,12 +139,13 @@ class FewStep(Host):
         """Gel/s of dequantising to bfloat16 by type, and of copying float32 to bfloat16."""
         from fewstep.quant import QTYPES, dequantize
 
-        out = torch.empty(weights, dtype=torch.bfloat16)
-        floats = torch.randn(weights)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        out = torch.empty(weights, dtype=torch.bfloat16, device=device)
+        floats = torch.randn(weights, device=device)
         runs = {"copy": lambda: out.copy_(floats)}
         for qtype, row in QTYPES.items():
-            blocks = torch.zeros(weights // row.block_size, row.type_size, dtype=torch.uint8)
-            blocks.random_(0, 64)
+            shape = weights // row.block_size, row.type_size
+            blocks = torch.randint(0, 64, shape, dtype=torch.uint8, device=device)
             runs[qtype.name] = lambda b=blocks, t=qtype: dequantize(
                 b, t, (weights,), torch.bfloat16, out
             )
