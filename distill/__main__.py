@@ -1,10 +1,13 @@
 """Distil a few-step model, a stage at a time.
 
-    python -m distill align | teacher | trajectory | match | split | merge | style
+    python -m distill align | teacher | soften | trajectory | match | split | merge | style
     python -m distill eval | time | noise | table | export
+    python -m distill trajectory | match --model FILE --text-encoder FILE … --prompts FILE
 
-Each stage reads a configuration (see `distill/configs` and `distill/runs.py`), goes on from its own
-checkpoint after a kill at any moment, and leaves losses and sample sheets in the folder.
+The last makes a few-step LoRA of any flow model that ComfyUI loads (see `distill/host_run.py`); the
+others are of the miniature, and read a configuration (see `distill/configs`, `distill/runs.py`).
+Each goes on from its own checkpoint after a kill at any moment, and leaves losses and sample sheets
+in the folder.
 """
 
 import argparse
@@ -46,11 +49,18 @@ def parse_arguments() -> argparse.Namespace:
             "--dry-run", action="store_true", help="one step: settings, memory, time; saves nothing"
         )
         stage.add_argument("--sheet-minutes", type=float, default=5.0, help="default 5")
+        if name in ("trajectory", "match"):
+            add_model_options(stage)
     merge = commands.add_parser("merge", help="merge the branches, at the ratio that scores best")
     merge.add_argument("--config", default="split")
     merge.add_argument("--name", help="of the run; default the configuration's")
     merge.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
+    soften = commands.add_parser("soften", help="a teacher between a tuned one and what it was")
+    soften.add_argument("name", help="of the run to write")
+    soften.add_argument("--tuned", default="teacher", help="run; default teacher")
+    soften.add_argument("--base", default="../teacher", help="run; default ../teacher, the demo's")
+    soften.add_argument("--ratio", type=float, default=0.5, help="of the tuned one; default 0.5")
     evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")
     evaluate.add_argument("name", nargs="+", help="of runs")
     evaluate.add_argument("--steps", type=int, help="default the run's own; a teacher's are 50")
@@ -84,11 +94,33 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def add_model_options(stage: argparse.ArgumentParser) -> None:
+    group = stage.add_argument_group(
+        "a LoRA of any flow model", "--set then sets fields of distill/few_step_lora.py's Plan"
+    )
+    group.add_argument("--model", type=Path, help="GGUF or safetensors file; the teacher")
+    group.add_argument("--text-encoder", type=Path, nargs="+", metavar="FILE")
+    group.add_argument("--clip-type", default="sd3", help="as in ComfyUI's loaders; default sd3")
+    group.add_argument("--vae", type=Path, help="file; for --images")
+    group.add_argument("--images", type=Path, help="folder of pictures, captions in .txt beside")
+    group.add_argument("--prompts", type=Path, help="file, a prompt a line: the teacher draws")
+    group.add_argument(
+        "--size", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="in pixels; default 1024²"
+    )
+    group.add_argument("--negative", default="", help="prompt that guidance leads away from")
+    group.add_argument("--start", type=Path, help="LoRA file to go on from, of the same rank")
+
+
 def main() -> None:
     options = parse_arguments()
     from fewstep.demo.__main__ import prepare
 
     prepare(options)
+    if getattr(options, "model", None):
+        from fewstep.distill import host_run
+
+        host_run.run(options)
+        return
     from fewstep.demo.miniature import Miniature
     from fewstep.distill import commands
 

@@ -89,6 +89,12 @@ def merge(options: Namespace, dataset: Dataset) -> None:
     print(f"{runs.merge_runs(options.folder, run, best)}: ratio {best} of the high branch")
 
 
+def soften(options: Namespace, dataset: Dataset) -> None:
+    """Write a teacher between two."""
+    given = (options.name, options.tuned, options.base, options.ratio)
+    print(runs.soften_run(options.folder, *given))
+
+
 def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
     """Score runs, and add a line to evaluations.jsonl for each."""
     for name in options.name:

@@ -169,5 +169,6 @@ def distil(
         with kept_if_stopped(task.weights, lambda: len(losses)):
             for loss in steps(task, plan.steps):
                 losses.append(loss)
-                progress(len(losses), None if len(losses) % every else task.draw())
+                shown = progress.previewer is not None and len(losses) % every == 0
+                progress(len(losses), task.draw() if shown else None)
         return task.weights(), losses

@@ -27,7 +27,7 @@ from .backbone import Copies
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
 from .memory import memory_needed
-from .merge import merge
+from .merge import merge, soften
 from .model import FlowModel, ModelConfig
 from .reflow import Mend
 from .style import StyleConfig, StyleTask
@@ -212,6 +212,16 @@ def merge_runs(folder: Path, run: Run, ratio: float) -> Path:
     config = run.described() | {"stage": "merge", "ratio": ratio}
     path = folder / f"{run.name}.pt"
     save_atomically({"task": {"weights": merge(low, high, ratio)}, "config": config}, path)
+    return path
+
+
+def soften_run(folder: Path, name: str, tuned: str, base: str, ratio: float) -> Path:
+    """Write a teacher between the one that it was tuned from and itself, as a run NAME."""
+    state, before = checkpoint(folder, tuned), checkpoint(folder, base)
+    ema = soften(before["task"]["ema"], state["task"]["ema"], ratio)
+    config = state["config"] | {"base": base, "ratio": ratio}
+    path = folder / f"{name}.pt"
+    save_atomically({"task": {"ema": ema}, "config": config, "done": state["done"]}, path)
     return path
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import comfy.utils
 import folder_paths
 import latent_preview
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ class Progress:
 
     def __init__(self, patcher, steps: int):
         self.bar, self.steps = comfy.utils.ProgressBar(steps), steps
+        # none, unless the host shows previews at all
         self.previewer = latent_preview.get_previewer(
             patcher.load_device, patcher.model.latent_format
         )
@@ -33,18 +35,35 @@ class Progress:
         self.bar.update_absolute(done, self.steps, picture)
 
 
+def sketch(model, latents: Tensor) -> np.ndarray:
+    """The first of `latents`, in a BaseModel's space, as the host sketches a latent: (h, w, 3)
+    uint8, a pixel for each place of the latent. Raises: ValueError where it cannot.
+    """
+    form = model.latent_format
+    if form.latent_rgb_factors is None:
+        raise ValueError(f"ComfyUI has no sketch of {type(form).__name__} latents")
+    previewer = latent_preview.Latent2RGBPreviewer(
+        form.latent_rgb_factors, form.latent_rgb_factors_bias, form.latent_rgb_factors_reshape
+    )
+    return np.asarray(previewer.decode_latent_to_preview(latents))
+
+
 def lora_model(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The host's LORA_MODEL: as its own training node gives it, in bfloat16."""
     return {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in weights.items()}
 
 
-def save_lora(weights: dict[str, Tensor], steps: int, prefix: str = KEPT) -> Path:
-    """Write a LoRA below the output folder; its name says the steps, as the stock node's does."""
+def save_lora(weights: dict[str, Tensor], path: Path) -> None:
+    safetensors.torch.save_file(lora_model(weights), path)
+
+
+def _save_stopped(weights: dict[str, Tensor], steps: int) -> Path:
+    """Below the output folder; the name says the steps, as the stock Save LoRA node's does."""
     folder, name, counter, _, _ = folder_paths.get_save_image_path(
-        f"{prefix}_{steps}_steps", folder_paths.get_output_directory()
+        f"{KEPT}_{steps}_steps", folder_paths.get_output_directory()
     )
     path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-    safetensors.torch.save_file(lora_model(weights), path)
+    save_lora(weights, path)
     return path
 
 
@@ -59,5 +78,5 @@ def kept_if_stopped(
         finished = True
     finally:
         if not finished and steps():
-            path = save_lora(weights(), steps())
+            path = _save_stopped(weights(), steps())
             log.warning("Training stopped after %d steps: the LoRA so far is %s.", steps(), path)

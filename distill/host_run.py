@@ -1,0 +1,118 @@
+"""`python -m distill trajectory|match --model FILE …`: the stages on a MODEL that ComfyUI loads.
+
+What is read once is kept in the folder: NAME-data.pt, the latents and the encoded prompts;
+NAME-states/, the teacher's trajectories. NAME.pt is the checkpoint from which a stopped run goes
+on, NAME.jsonl its losses, sheets/NAME/ sketches of what the student draws, NAME.safetensors the
+LoRA.
+"""
+
+import json
+import logging
+from argparse import Namespace
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..host.learned import save_lora, sketch
+from ..host.loading import load_diffusion_model, load_text_encoders, load_vae
+from ..host.training import joined, training
+from . import folder as data
+from .few_step_lora import Plan, build
+from .loop import Budget, Done, check_config, load_checkpoint, save_atomically, train
+from .watch import Watch
+
+log = logging.getLogger(__name__)
+
+SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # uniform, shift 3, rounded
+METHODS = {"trajectory": "trajectory", "match": "matching"}
+GUIDANCE = 3.0  # of the teacher, where --set says nothing else
+
+
+def run(options: Namespace) -> Path:
+    """Train as the command line says; the LoRA's file. Raises: ValueError naming the remedy."""
+    name = options.name or f"{Path(options.model).stem}-{options.command}"
+    plan = read_plan(options.command, options.set)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    latents, positive, negative = dataset(options, options.folder / f"{name}-data.pt")
+    model = load_diffusion_model(str(options.model))
+    latents = joined(model, [{"samples": latents, "downscale_ratio_spacial": 8}])
+    shape = tuple(latents.shape[1:])
+    given = (positive, negative, shape, plan.rank, plan.batch, plan.recompute)
+    with training(model, *given) as backbone:
+        if latents.any():
+            latents = backbone.model.process_latent_in(latents)
+        start = None if options.start is None else load_file(options.start)
+        states = options.folder / f"{name}-states"
+        task = build(plan, backbone, latents, states, start)
+        watch = Watch(
+            options.folder,
+            name,
+            lambda: task.metrics,
+            lambda: sketch(backbone.model, task.draw()),
+            options.sheet_minutes,
+        )
+        made = {**asdict(plan), "model": Path(options.model).name, "start": str(options.start)}
+        budget = Budget(samples=plan.steps * plan.batch)
+        done = train(task, options.folder / f"{name}.pt", budget, 180.0, made, watch)
+        return save(task, options.folder / f"{name}.safetensors", done)
+
+
+def save(task, path: Path, done: Done) -> Path:
+    save_lora(task.weights(), path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB after {done.steps} steps")
+    return path
+
+
+def read_plan(command: str, changes: list[str]) -> Plan:
+    """A Plan with KEY=VALUE changes. Raises: ValueError naming what is not known, and what is."""
+    known = {field.name for field in fields(Plan)} - {"method"}
+    given = {"sigmas": SIGMAS, "guidance": GUIDANCE, "method": METHODS[command]}
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in known:
+            raise ValueError(f"there is no setting {key}. There are {', '.join(sorted(known))}")
+        value = json.loads(value)
+        given[key] = tuple(value) if isinstance(value, list) else value
+    return Plan(**given)
+
+
+def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:
+    """Latents (m, channels, h, w), all zero for prompts alone; positive and negative CONDITIONING.
+
+    Encoded once: `kept` holds them. Raises: ValueError naming the remedy.
+    """
+    if (options.images is None) == (options.prompts is None):
+        raise ValueError("what is to be learned? Pass --images FOLDER or --prompts FILE, just one")
+    pictures = data.captioned(options.images) if options.images else []
+    texts = [words for _, words in pictures] or data.prompts(options.prompts)
+    files = [f"{path.name} {path.stat().st_mtime_ns}" for path, _ in pictures]
+    size = list(options.size) if options.size else []
+    made = {"texts": [*texts, options.negative], "files": files, "size": size}
+    if kept.exists():
+        state = load_checkpoint(kept)
+        check_config(kept, state["made"], made)
+    else:
+        state = {"made": made} | _encoded(options, pictures, texts)
+        save_atomically(state, kept)
+    return state["latents"], state["positive"], state["negative"]
+
+
+def _encoded(options: Namespace, pictures: list, texts: list[str]) -> dict:
+    with torch.inference_mode():
+        if not options.text_encoder:
+            raise ValueError("the prompts need --text-encoder FILE, one or more")
+        clip = load_text_encoders([str(f) for f in options.text_encoder], options.clip_type)
+        positive = data.encode_prompts(clip, texts)
+        negative = data.encode_prompts(clip, [options.negative])
+        if pictures:
+            if not options.vae:
+                raise ValueError("pictures need --vae FILE")
+            paths = [path for path, _ in pictures]
+            latents = data.encode_pictures(load_vae(str(options.vae)), paths, options.size)
+        else:
+            width, height = options.size or (1024, 1024)
+            latents = torch.zeros(1, 4, height // 8, width // 8)  # see host.training.joined
+    return {"latents": latents.cpu(), "positive": positive, "negative": negative}

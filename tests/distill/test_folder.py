@@ -1,0 +1,84 @@
+"""What a MODEL learns from: folders and files as people have them, and what is wrong with some."""
+
+import logging
+
+import pytest
+import torch
+from fewstep.distill import folder
+from PIL import Image
+
+
+class EightfoldVAE:
+    """Means of 8 x 8 pixels."""
+
+    def spacial_compression_encode(self):
+        return 8
+
+    def encode(self, pixels):
+        return torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)
+
+
+def picture(path, size=(32, 32), color=(255, 0, 0), caption="a red square"):
+    Image.new("RGB", size, color).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption, "utf-8")
+
+
+def test_pictures_come_with_the_words_beside_them(tmp_path):
+    picture(tmp_path / "b.png", caption="b\n")
+    picture(tmp_path / "a.JPG", caption=" a ")
+    (tmp_path / "notes.md").write_text("not a picture")
+    found = folder.captioned(tmp_path)
+    assert [(path.name, words) for path, words in found] == [("a.JPG", "a"), ("b.png", "b")]
+
+
+def test_a_folder_without_pictures_is_named(tmp_path):
+    with pytest.raises(ValueError, match=rf"{tmp_path.name} holds no pictures: put .*\.png"):
+        folder.captioned(tmp_path)
+
+
+@pytest.mark.parametrize("caption, state", [(None, "is missing"), (" \n", "is empty")])
+def test_a_picture_without_words_is_named(tmp_path, caption, state):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", caption=caption)
+    with pytest.raises(ValueError, match=rf"b\.png has no caption: b\.txt {state}"):
+        folder.captioned(tmp_path)
+
+
+def test_odd_sizes_are_cropped_in_the_middle_and_said(tmp_path, caplog):
+    odd = Image.new("RGB", (37, 34), (0, 0, 255))
+    odd.paste((255, 0, 0), (2, 1, 34, 33))
+    odd.save(tmp_path / "odd.png")
+    with caplog.at_level(logging.INFO):
+        pixels = folder.read_picture(tmp_path / "odd.png", None, 16)
+    assert pixels.shape == (32, 32, 3)
+    assert torch.equal(pixels, torch.tensor([1.0, 0.0, 0.0]).expand(32, 32, 3))
+    assert "odd.png: cropped from 37x34 to 32x32" in caplog.text
+
+
+def test_pictures_are_scaled_to_one_size_or_refused(tmp_path):
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", size=(64, 32))
+    paths = sorted(tmp_path.glob("*.png"))
+    assert folder.encode_pictures(EightfoldVAE(), paths, (48, 32)).shape == (2, 3, 4, 6)
+    with pytest.raises(
+        ValueError, match=r"a\.png and .*b\.png are of different sizes: pass --size"
+    ):
+        folder.encode_pictures(EightfoldVAE(), paths, None)
+
+
+def test_what_is_no_picture_or_too_small_is_named(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.png is no picture"):
+        folder.read_picture(tmp_path / "text.png", None, 16)
+    picture(tmp_path / "small.png", size=(8, 40))
+    with pytest.raises(ValueError, match=r"small\.png .* needs 16 pixels or more"):
+        folder.read_picture(tmp_path / "small.png", None, 16)
+
+
+def test_prompts_are_lines(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\n a dog \n", "utf-8")
+    assert folder.prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
+    (tmp_path / "p.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"p\.txt holds no prompts"):
+        folder.prompts(tmp_path / "p.txt")

@@ -1,0 +1,101 @@
+"""The stages on a MODEL, from files: the demo's, which ship with the pack."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from fewstep import run
+from fewstep.distill import few_step_lora, host_run
+from fewstep.distill.loop import Budget, load_checkpoint, train
+from fewstep.host.loading import load_diffusion_model
+from fewstep.host.training import training
+from fewstep.tests.distill.test_folder import picture
+from safetensors.torch import load_file
+
+MODELS = run.ROOT / "demo" / "models"
+MODEL = MODELS / "diffusion_models" / "fewstep-demo.gguf"
+SETTINGS = ["rank=2", "sigmas=[1, 0.5, 0]", "teacher_steps=2", "trajectories=1", "rate=1e-3"]
+
+
+def options(folder, command="trajectory", settings=("steps=2", "guidance=2"), **others):
+    given = {
+        "command": command, "name": "run", "folder": folder, "set": [*SETTINGS, *settings],
+        "model": MODEL, "text_encoder": [MODELS / "text_encoders" / "fewstep-demo-clip-l.gguf"],
+        "vae": MODELS / "vae" / "fewstep-demo-vae.gguf", "clip_type": "sd3", "images": None,
+        "prompts": folder / "prompts.txt", "size": (32, 32), "negative": "", "start": None,
+        "sheet_minutes": 5.0,
+    }  # fmt: skip
+    (folder / "prompts.txt").write_text("a red circle on a blue background\na green square")
+    return Namespace(**(given | others))
+
+
+def pictures(folder):
+    (folder / "pictures").mkdir()
+    picture(folder / "pictures" / "a.png", size=(35, 32))
+    picture(folder / "pictures" / "b.png", size=(32, 32), color=(0, 255, 0), caption="green")
+    return folder / "pictures"
+
+
+def test_prompts_become_a_lora_and_a_second_run_goes_on(tmp_path, caplog):
+    path = host_run.run(options(tmp_path))
+    lora = load_file(path)
+    assert any(value.any() for name, value in lora.items() if "lora_up" in name)
+    assert [p.name for p in (tmp_path / "run-states").iterdir()] == ["00000.pt"]
+    kept = load_checkpoint(tmp_path / "run-data.pt")
+    assert len(kept["positive"]) == 2 and not kept["latents"].any()
+    again = host_run.run(options(tmp_path, text_encoder=None))  # nothing is encoded again
+    assert all(torch.equal(value, lora[name]) for name, value in load_file(again).items())
+
+
+def test_pictures_with_captions_and_a_lora_to_go_on_from(tmp_path):
+    first = host_run.run(options(tmp_path))
+    given = {"images": pictures(tmp_path), "prompts": None, "size": None, "start": first}
+    path = host_run.run(options(tmp_path, "match", ["steps=2", "guidance=1"], name="two", **given))
+    assert load_file(path).keys() == load_file(first).keys()
+    assert load_checkpoint(tmp_path / "two-data.pt")["latents"].shape == (2, 16, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"prompts": None}, "Pass --images FOLDER or --prompts FILE, just one"),
+        ({"text_encoder": None}, "the prompts need --text-encoder"),
+        ({"settings": ["stepz=2"]}, "no setting stepz. There are .*steps"),
+        ({"settings": ["rank=0"]}, "rank is 0: a MODEL of ComfyUI learns a LoRA"),
+        ({"settings": ["sigmas=[0.9, 0]"]}, "starts at 1"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_named(tmp_path, changes, said):
+    with pytest.raises(ValueError, match=said):
+        host_run.run(options(tmp_path, **changes))
+
+
+def test_other_prompts_under_the_same_name_are_refused(tmp_path):
+    host_run.run(options(tmp_path))
+    given = options(tmp_path, negative="blurred")
+    with pytest.raises(
+        ValueError, match=r"run-data\.pt was made with another configuration: texts"
+    ):
+        host_run.run(given)
+
+
+@pytest.mark.parametrize("method", few_step_lora.METHODS)
+def test_a_run_cut_anywhere_goes_on_to_the_same_weights(tmp_path, method):
+    plan = few_step_lora.Plan(
+        (1.0, 0.5, 0.0), method, steps=4, rank=2, batch=2, teacher_steps=2, trajectories=2
+    )
+    cond = [torch.randn(1, 7, 4096), {"pooled_output": torch.randn(1, 1408)}]
+    model, ends = load_diffusion_model(str(MODEL)), []
+    with training(model, [cond], None, (16, 4, 4), plan.rank, plan.batch) as backbone:
+        for cut in (None, 2):
+            task = few_step_lora.build(plan, backbone, torch.zeros(1, 16, 4, 4), tmp_path / "s")
+            path = tmp_path / f"{cut}.pt"
+            if cut:
+                for i in range(cut):
+                    task.step(i, i / plan.steps)
+                done = {"steps": cut, "samples": cut * plan.batch, "seconds": 1.0}
+                torch.save({"task": task.state_dict(), "done": done}, path)
+                task = few_step_lora.build(plan, backbone, torch.zeros(1, 16, 4, 4), tmp_path / "s")
+            train(task, path, Budget(samples=plan.steps * plan.batch))
+            ends.append(task.weights())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
