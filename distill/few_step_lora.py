@@ -21,6 +21,7 @@ from ..host.training import Adapters, training
 from .loop import TrainingDiverged
 from .match import MatchConfig, MatchTask
 from .optimize import Adam
+from .several import ONE, One
 from .student import StudentTask
 from .trajectory import TrajectoryConfig, TrajectoryTask
 
@@ -100,8 +101,13 @@ class Pictures:
 class Drawn:
     """Batches of what the teacher draws: the ends of a stage 1's trajectories."""
 
-    def __init__(self, task: TrajectoryTask):
+    def __init__(self, task: TrajectoryTask, processes: One):
+        """Several processes share out the drawing, and wait until all is there."""
         self.task = task
+        if processes.count > 1:
+            for number in range(processes.number, task.config.batches, processes.count):
+                task.end(number)
+            processes.wait()
 
     def __call__(self, index: int) -> tuple[Tensor, list[int]]:
         number = index % self.task.config.batches
@@ -115,24 +121,31 @@ def build(
     folder: Path,
     start: dict[str, Tensor] | None = None,
     adam: Adam = torch.optim.AdamW,
+    processes: One = ONE,
 ) -> StudentTask:
     """The task of a plan; the teacher's trajectories are kept in `folder`.
 
     latents: (m, channels, …) in the model's space; all zero, they only say the size.
-    Raises: ValueError where the teacher's guidance needs a negative prompt.
+    Raises: ValueError where the teacher's guidance needs a negative prompt, or a batch cannot be
+    shared out.
     """
+    if plan.batch % processes.count:
+        raise ValueError(
+            f"batch is {plan.batch}, which {processes.count} processes cannot share: take a "
+            "multiple of them"
+        )
     if plan.guidance != 1 and backbone.negative is None:
         raise ValueError(
             f"guidance {plan.guidance:g} needs a negative prompt: connect one (it may be empty), "
             "or set guidance to 1."
         )
     data = Pictures(latents, len(backbone.positive), plan.batch, plan.seed)
-    given = (backbone, data, start, adam)
+    given = (backbone, data, start, adam, processes)
     if plan.method == "trajectory":
         return TrajectoryTask(plan.trajectory(), *given, folder=folder)
     if not latents.any():
         teacher = TrajectoryTask(plan.trajectory(), backbone, data, folder=folder)
-        given = (backbone, Drawn(teacher), start, adam)
+        given = (backbone, Drawn(teacher, processes), start, adam, processes)
     return MatchTask(plan.match(), *given)
 
 

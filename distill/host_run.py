@@ -21,7 +21,8 @@ from ..host.loading import load_diffusion_model, load_text_encoders, load_vae
 from ..host.training import joined, training
 from . import folder as data
 from .few_step_lora import Plan, build
-from .loop import Budget, Done, check_config, load_checkpoint, save_atomically, train
+from .loop import Budget, check_config, load_checkpoint, save_atomically, train
+from .several import processes
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -35,18 +36,23 @@ def run(options: Namespace) -> Path:
     """Train as the command line says; the LoRA's file. Raises: ValueError naming the remedy."""
     name = options.name or f"{Path(options.model).stem}-{options.command}"
     plan = read_plan(options.command, options.set)
+    together = processes(cpu=options.device == "cpu")
+    if together.number:
+        logging.getLogger().setLevel(logging.WARNING)
     options.folder.mkdir(parents=True, exist_ok=True)
-    latents, positive, negative = dataset(options, options.folder / f"{name}-data.pt")
+    with together.first():
+        latents, positive, negative = dataset(options, options.folder / f"{name}-data.pt")
     model = load_diffusion_model(str(options.model))
     latents = joined(model, [{"samples": latents, "downscale_ratio_spacial": 8}])
     shape = tuple(latents.shape[1:])
-    given = (positive, negative, shape, plan.rank, plan.batch, plan.recompute)
+    share = plan.batch // together.count
+    given = (positive, negative, shape, plan.rank, share, plan.recompute)
     with training(model, *given) as backbone:
         if latents.any():
             latents = backbone.model.process_latent_in(latents)
         start = None if options.start is None else load_file(options.start)
         states = options.folder / f"{name}-states"
-        task = build(plan, backbone, latents, states, start)
+        task = build(plan, backbone, latents, states, start, processes=together)
         watch = Watch(
             options.folder,
             name,
@@ -56,14 +62,13 @@ def run(options: Namespace) -> Path:
         )
         made = {**asdict(plan), "model": Path(options.model).name, "start": str(options.start)}
         budget = Budget(samples=plan.steps * plan.batch)
-        done = train(task, options.folder / f"{name}.pt", budget, 180.0, made, watch)
-        return save(task, options.folder / f"{name}.safetensors", done)
-
-
-def save(task, path: Path, done: Done) -> Path:
-    save_lora(task.weights(), path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB after {done.steps} steps")
-    return path
+        checkpoint, writes = options.folder / f"{name}.pt", together.number == 0
+        done = train(task, checkpoint, budget, 180.0, made, watch, writes)
+        path = options.folder / f"{name}.safetensors"
+        if writes:
+            save_lora(task.weights(), path)
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB after {done.steps} steps")
+        return path
 
 
 def read_plan(command: str, changes: list[str]) -> Plan:

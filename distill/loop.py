@@ -108,11 +108,13 @@ def train(
     save_seconds: float = 180.0,
     config: dict | None = None,
     watch: Callable[[Done, float], None] | None = None,
+    writes: bool = True,
 ) -> Done:
     """Train until the budget is used up, going on from the checkpoint at `path` if there is one.
 
     `config`: plain values that a checkpoint must have been made with. `watch(done, loss)` is called
-    after every LOG_STEPS steps with their mean loss.
+    after every LOG_STEPS steps with their mean loss. `writes`: False in all of several processes
+    but one, which then neither save nor watch.
     Raises TrainingDiverged, naming the step, as soon as a loss is not finite; ValueError for a
     checkpoint of another configuration.
     """
@@ -138,9 +140,10 @@ def train(
             rate = done.samples / done.seconds
             log.info("%s: step %d loss %.4f %.1f/s", task.name, done.steps, mean, rate)
             losses.clear()
-            if watch is not None:
+            if watch is not None and writes:
                 watch(done, mean)
-        if done.seconds - saved > save_seconds or budget.progress(done) >= 1:
+        due = done.seconds - saved > save_seconds or budget.progress(done) >= 1
+        if due and writes:
             state = {"task": task.state_dict(), "done": asdict(done), "config": config}
             save_atomically(state, path)
             saved = done.seconds

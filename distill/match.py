@@ -89,6 +89,8 @@ class MatchTask(StudentTask):
         self.heads = Heads(*self.backbone.features(), draw).to(self.device)
         self.proxy_optimizer = _build(self.adam, self.proxy, config.proxy_rate)
         self.head_optimizer = _build(self.adam, self.heads, config.head_rate)
+        self.learn_proxy = self.processes.averaging(self.proxy, self._proxy_loss)
+        self.learn_heads = self.processes.averaging(self.heads, self._judged)
 
     def step(self, index: int, progress: float) -> Tensor:
         rate = min((index + 1) / self.config.warmup, 1.0)
@@ -97,6 +99,7 @@ class MatchTask(StudentTask):
             with torch.no_grad():
                 draw = self._draw(index)
                 loss = self._loss(index, self._sample(index, draw), draw)
+                loss = self.processes.mean(loss)
         else:
             loss = super().step(index, progress)
             self._follow()
@@ -134,9 +137,10 @@ class MatchTask(StudentTask):
         if how == "shared":
             following = self.sigmas[i + 1] or self.config.last_sigma * self.sigmas[i]
             return x0 + v, following.to(x0).expand(len(x0))
-        shift, time = self.config.random_shift, torch.rand(len(x0), generator=draw)
+        shift, whole = self.config.random_shift, len(x0) * self.processes.count
+        time = self.processes.own(torch.rand(whole, generator=draw))
         sigma = (shift * time / (1 + (shift - 1) * time)).clamp(0.02, 0.98)
-        return torch.randn(x0.shape, generator=draw).to(x0), sigma.to(x0)
+        return self._noise_like(x0, draw), sigma.to(x0)
 
     def _compare(
         self, noisy: Tensor, sigma: Tensor, sample: Sample
@@ -158,19 +162,26 @@ class MatchTask(StudentTask):
         how = self.config.proxy_renoise or self.config.renoise
         noise, sigma = self._renoise(how, i, x0, v, draw)
         level = per_sample(sigma, x0)
-        with self.backbone.tapped(self.proxy) as made:
-            velocity = self._velocity(self.proxy, torch.lerp(x0, noise, level), sigma, sample.told)
-        loss = nn.functional.mse_loss(velocity, noise - x0)
+        loss = self.learn_proxy(torch.lerp(x0, noise, level), sigma, noise - x0, sample)
         update(loss, [self.proxy_optimizer], self.config.clip)
         self.metrics["proxy"] = loss.detach()
         if self.config.adversarial:
-            fresh = torch.randn(x0.shape, generator=draw).to(x0)
+            fresh = self._noise_like(x0, draw)
             with torch.no_grad(), self.backbone.tapped(self.proxy) as real:
                 noisy = torch.lerp(sample.latents, fresh, level)
                 self._velocity(self.proxy, noisy, sigma, sample.told)
-            judged = judge_loss(self.heads(real), self.heads([f.detach() for f in made]))
+            judged = self.learn_heads(real, [feature.detach() for feature in self.made_features])
             update(judged, [self.head_optimizer], self.config.clip)
             self.metrics["judge"] = judged.detach()
+
+    def _proxy_loss(self, x: Tensor, sigma: Tensor, velocity: Tensor, sample: Sample) -> Tensor:
+        """Flow matching; what the blocks made of x is left in `made_features` for the heads."""
+        with self.backbone.tapped(self.proxy) as self.made_features:
+            made = self._velocity(self.proxy, x, sigma, sample.told)
+        return nn.functional.mse_loss(made, velocity)
+
+    def _judged(self, real: list[Tensor], made: list[Tensor]) -> Tensor:
+        return judge_loss(self.heads(real), self.heads(made))
 
     def state_dict(self) -> dict:
         return super().state_dict() | {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..flow import check_sigmas
 from .backbone import TEACHER, Backbone
 from .optimize import Adam, average, build_optimizers, set_rates, update, warm
+from .several import ONE, One
 
 Batch = Callable[[int], tuple[Tensor, Any]]
 
@@ -72,11 +73,13 @@ class StudentTask:
         data: Batch,
         start: dict[str, Tensor] | None = None,
         adam: Adam = torch.optim.AdamW,
+        processes: One = ONE,
     ):
         """`start`: weights that the student starts with, as `weights` gave them; None: the
-        teacher's. `adam`: the optimizer of all that Muon leaves.
+        teacher's. `adam`: the optimizer of all that Muon leaves. `processes`: that train together.
         """
         self.config, self.backbone, self.data, self.adam = config, backbone, data, adam
+        self.processes = processes
         self.device, self.batch, self.metrics = backbone.device, config.batch, {}
         self.sigmas = check_sigmas(config.sigmas)
         self.student = backbone.student(config, start)
@@ -84,6 +87,7 @@ class StudentTask:
         state = self.student.state_dict()
         self.ema = {name: value.clone() for name, value in state.items() if name in learned}
         self.optimizers = build_optimizers(self.student, config, backbone.hidden, adam)
+        self.learn = processes.averaging(self.student, self._loss)
 
     def step(self, index: int, progress: float) -> Tensor:
         """A loss that is not finite changes nothing."""
@@ -91,13 +95,14 @@ class StudentTask:
         rate = min((index + 1) / config.warmup, 1.0, (1 - progress) / (1 - config.plateau))
         set_rates(self.optimizers, rate)
         draw = self._draw(index)
-        loss = self._loss(index, self._sample(index, draw), draw)
-        if not loss.isfinite():
-            return loss.detach()
+        loss = self.learn(index, self._sample(index, draw), draw)
+        seen = self.processes.mean(loss.detach())
+        if not seen.isfinite():
+            return seen
         self.metrics["gradient"] = update(loss, self.optimizers, config.clip)
         decay = warm(config.ema, index) if self.starts_far else config.ema
         average(self.ema, self.student.state_dict(), decay)
-        return loss.detach()
+        return seen
 
     def _draw(self, index: int) -> torch.Generator:
         """The randomness of one step."""
@@ -108,9 +113,16 @@ class StudentTask:
 
     def _sample(self, index: int, draw: torch.Generator) -> Sample:
         latents, prompts = self.data(index)
-        told, untold = self.backbone.read(prompts, index, self.config, draw)
-        noise = torch.randn(latents.shape, generator=draw)
+        own = self.processes.own
+        told, untold = self.backbone.read(own(prompts), index, self.config, draw)
+        noise = own(torch.randn(latents.shape, generator=draw))
+        latents = own(latents)
         return Sample(latents.to(self.device), noise.to(self.device), told, untold)
+
+    def _noise_like(self, x: Tensor, draw: torch.Generator) -> Tensor:
+        """This process's share of the noise of a whole batch."""
+        whole = (len(x) * self.processes.count, *x.shape[1:])
+        return self.processes.own(torch.randn(whole, generator=draw)).to(x)
 
     def _velocity(
         self, network: nn.Module | None, x: Tensor, sigma: Tensor, text: Any, frozen: bool = False

@@ -68,7 +68,9 @@ class TrajectoryTask(StudentTask):
     def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
         states = self._trajectory(index % self.config.batches, sample)
         n = torch.arange(states.shape[1])
-        i = torch.randint(len(self.sigmas) - 1, n.shape, generator=draw)  # each sample its own
+        whole = (len(n) * self.processes.count,)
+        i = torch.randint(len(self.sigmas) - 1, whole, generator=draw)  # each sample its own
+        i = self.processes.own(i)
         x, following = states[i, n], states[i + 1, n]
         length = per_sample((self.sigmas[i + 1] - self.sigmas[i]).to(x), x)
         made = self._velocity(self.student, x, self.sigmas[i], sample.told)
@@ -76,8 +78,11 @@ class TrajectoryTask(StudentTask):
 
     def _trajectory(self, number: int, sample: Sample) -> Tensor:
         """The teacher's states (n + 1, batch, channels, …) at the student's noise levels."""
-        path = self.folder / f"{number:05d}.pt"
+        share = f"-{self.processes.number}" if self.processes.count > 1 else ""
+        path = self.folder / f"{number:05d}{share}.pt"
         made = {key: getattr(self.config, key) for key in DECISIVE}
+        if self.processes.count > 1:
+            made["processes"] = self.processes.count
         if path.exists():
             kept = load_checkpoint(path)
             passed, needed = kept["made"]["sigmas"], made["sigmas"]

@@ -23,7 +23,7 @@ def options(folder, command="trajectory", settings=("steps=2", "guidance=2"), **
         "model": MODEL, "text_encoder": [MODELS / "text_encoders" / "fewstep-demo-clip-l.gguf"],
         "vae": MODELS / "vae" / "fewstep-demo-vae.gguf", "clip_type": "sd3", "images": None,
         "prompts": folder / "prompts.txt", "size": (32, 32), "negative": "", "start": None,
-        "sheet_minutes": 5.0,
+        "sheet_minutes": 5.0, "device": "cpu",
     }  # fmt: skip
     (folder / "prompts.txt").write_text("a red circle on a blue background\na green square")
     return Namespace(**(given | others))
