@@ -20,7 +20,7 @@ from ..host.learned import Progress, kept_if_stopped
 from ..host.training import Adapters, training
 from .loop import TrainingDiverged
 from .match import MatchConfig, MatchTask
-from .optimize import Adam
+from .optimize import adam_of
 from .several import ONE, One
 from .student import StudentTask
 from .trajectory import TrajectoryConfig, TrajectoryTask
@@ -46,6 +46,7 @@ class Plan:
     trajectories: int = 32  # batches of the teacher's paths; then they are seen again
     recompute: bool = True  # gradient checkpointing
     seed: int = 0
+    optimizer: str = "adamw"  # one of ADAMS; the others are bitsandbytes'
 
     def __post_init__(self):
         """Raises: ValueError for a method that there is not."""
@@ -120,14 +121,13 @@ def build(
     latents: Tensor,
     folder: Path,
     start: dict[str, Tensor] | None = None,
-    adam: Adam = torch.optim.AdamW,
     processes: One = ONE,
 ) -> StudentTask:
     """The task of a plan; the teacher's trajectories are kept in `folder`.
 
     latents: (m, channels, …) in the model's space; all zero, they only say the size.
-    Raises: ValueError where the teacher's guidance needs a negative prompt, or a batch cannot be
-    shared out.
+    Raises: ValueError where guidance needs a negative prompt, a batch cannot be shared
+    out, or the optimizer is not there.
     """
     if plan.batch % processes.count:
         raise ValueError(
@@ -139,6 +139,7 @@ def build(
             f"guidance {plan.guidance:g} needs a negative prompt: connect one (it may be empty), "
             "or set guidance to 1."
         )
+    adam = adam_of(plan.optimizer)
     data = Pictures(latents, len(backbone.positive), plan.batch, plan.seed)
     given = (backbone, data, start, adam, processes)
     if plan.method == "trajectory":

@@ -1,5 +1,6 @@
 """What every trainer here does to weights: optimizers, one update, the running average."""
 
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -10,6 +11,24 @@ from torch import Tensor, nn
 HIDDEN = (".attn.", ".mlp.f", "encoder.layers", "SelfAttention.", "DenseReluDense.")
 
 Adam = Callable[..., torch.optim.Optimizer]  # AdamW, or another that takes its arguments
+
+# Of bitsandbytes: 8-bit moments, and such as may lie in the CPU's memory.
+EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+ADAMS = ("adamw", *EIGHT_BIT)
+
+
+def adam_of(name: str) -> Adam:
+    """One of ADAMS. Raises: ValueError for another name, or where bitsandbytes is missing."""
+    if name not in ADAMS:
+        raise ValueError(f"optimizer is {name!r}: expected one of {', '.join(ADAMS)}")
+    if name not in EIGHT_BIT:
+        return torch.optim.AdamW
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"optimizer {name} needs the package bitsandbytes: pip install bitsandbytes, or take "
+            "adamw"
+        )
+    return getattr(importlib.import_module("bitsandbytes.optim"), EIGHT_BIT[name])
 
 
 class Rates(Protocol):

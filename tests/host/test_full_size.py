@@ -9,6 +9,7 @@ import comfy.sample
 import gguf
 import pytest
 import torch
+from fewstep.distill.few_step_lora import Plan, distil
 from fewstep.host import loading
 from fewstep.quant import write_gguf
 from fewstep.tests.host import toys
@@ -72,6 +73,21 @@ def test_sd35_medium_sized_file_loads_and_samples_in_quantised_memory(tmp_path):
     assert (
         grown < file_size + positions + 1e9
     )  # the file's pages, one dequantised layer, activations
+
+
+@pytest.mark.slow
+def test_sd35_medium_sized_file_learns_a_lora_beside_its_quantised_weights(tmp_path):
+    path = tmp_path / "medium-Q6_K.gguf"
+    write_gguf(str(path), "sd3", {}, tensors())
+    cond = [torch.zeros(1, 77, 4096), {"pooled_output": torch.zeros(1, 2048)}]
+    model, before = loading.load_diffusion_model(str(path)), peak_memory()
+    plan = Plan((1.0, 0.5, 0.0), "matching", steps=2, teacher_steps=2, trajectories=1)
+    lora, losses = distil(model, [cond], None, torch.zeros(1, 16, 16, 16), plan)
+    grown = peak_memory() - before
+    print(f"\nlosses {losses}, {grown / 1e9:.2f} GB more memory for {len(lora) // 3} weights")
+    assert all(value.isfinite().all() for value in lora.values())
+    assert any(value.any() for name, value in lora.items() if "lora_up" in name)
+    assert grown < 1.1 * path.stat().st_size + 2e9  # the file's pages; LoRAs, a layer unpacked
 
 
 def peak_memory():
