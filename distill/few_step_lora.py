@@ -28,6 +28,7 @@ from .trajectory import TrajectoryConfig, TrajectoryTask
 log = logging.getLogger(__name__)
 
 METHODS = ("trajectory", "matching")
+DTYPES = {"model": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 PREVIEWS = 16  # drawn in a training
 
 
@@ -47,11 +48,22 @@ class Plan:
     recompute: bool = True  # gradient checkpointing
     seed: int = 0
     optimizer: str = "adamw"  # one of ADAMS; the others are bitsandbytes'
+    dtype: str = "model"  # of activations: the MODEL's own, or one of DTYPES
 
     def __post_init__(self):
-        """Raises: ValueError for a method that there is not."""
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}: expected one of {', '.join(METHODS)}")
+        """Raises: ValueError for a method or a type that there is not."""
+        for field, known in (("method", METHODS), ("dtype", DTYPES)):
+            if (given := getattr(self, field)) not in known:
+                raise ValueError(f"{field} is {given!r}: expected one of {', '.join(known)}")
+
+    def training(self, processes: One = ONE) -> dict:
+        """What `host.training.training` is told."""
+        return {
+            "rank": self.rank,
+            "batch": self.batch // processes.count,
+            "recompute": self.recompute,
+            "dtype": DTYPES[self.dtype],
+        }
 
     def _shared(self) -> dict:
         """What both stages are told; nothing of it concerns the miniature's text encoders."""
@@ -173,8 +185,8 @@ def distil(
     """
     losses: list[float] = []
     shape = tuple(latents.shape[1:])
-    given = (positive, negative, shape, plan.rank, plan.batch, plan.recompute)
-    with training(model, *given) as backbone, TemporaryDirectory() as folder:
+    opened = training(model, positive, negative, shape, **plan.training())
+    with opened as backbone, TemporaryDirectory() as folder:
         if latents.any():
             latents = backbone.model.process_latent_in(latents)
         task = build(plan, backbone, latents.clone(), Path(folder), start)

@@ -45,9 +45,8 @@ def run(options: Namespace) -> Path:
     model = load_diffusion_model(str(options.model))
     latents = joined(model, [{"samples": latents, "downscale_ratio_spacial": 8}])
     shape = tuple(latents.shape[1:])
-    share = plan.batch // together.count
-    given = (positive, negative, shape, plan.rank, share, plan.recompute)
-    with training(model, *given) as backbone:
+    given = (model, positive, negative, shape)
+    with training(*given, **plan.training(together)) as backbone:
         if latents.any():
             latents = backbone.model.process_latent_in(latents)
         start = None if options.start is None else load_file(options.start)
@@ -73,13 +72,13 @@ def run(options: Namespace) -> Path:
 
 def read_plan(command: str, changes: list[str]) -> Plan:
     """A Plan with KEY=VALUE changes. Raises: ValueError naming what is not known, and what is."""
-    known = {field.name for field in fields(Plan)} - {"method"}
+    known = {field.name: field.type for field in fields(Plan) if field.name != "method"}
     given = {"sigmas": SIGMAS, "guidance": GUIDANCE, "method": METHODS[command]}
     for change in changes:
         key, _, value = change.partition("=")
         if key not in known:
             raise ValueError(f"there is no setting {key}. There are {', '.join(sorted(known))}")
-        value = json.loads(value)
+        value = value if known[key] is str else json.loads(value)
         given[key] = tuple(value) if isinstance(value, list) else value
     return Plan(**given)
 

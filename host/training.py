@@ -139,19 +139,29 @@ class Adapters:
 
 @contextmanager
 def training(
-    model, positive, negative, shape: tuple[int, ...], rank: int, batch: int, recompute=True
+    model,
+    positive,
+    negative,
+    shape: tuple[int, ...],
+    rank: int,
+    batch: int,
+    recompute: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Adapters]:
     """A MODEL ready to learn LoRAs; afterwards it is as it was.
 
     positive: CONDITIONING of one entry or more; negative: of one, or None. shape: of a latent,
-    without the batch. Everything that learns must be made inside. Raises: ValueError for a model
+    without the batch. dtype: of activations; None: the MODEL's own, but bfloat16 for float16, whose
+    gradients vanish. Everything that learns must be made inside. Raises: ValueError for a model
     that is no flow model, and where memory would not do.
     """
     require_flow(model)
     with torch.inference_mode(False), torch.enable_grad():
         patcher = model.clone()
-        if patcher.model.get_dtype_inference() == torch.float16:
-            patcher.set_model_compute_dtype(torch.bfloat16)  # float16's gradients vanish
+        if dtype is None and patcher.model.get_dtype_inference() == torch.float16:
+            dtype = torch.bfloat16
+        if dtype is not None:
+            patcher.set_model_compute_dtype(dtype)
         needed = memory_needed(patcher.model, shape, rank, batch, recompute)
         management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
         check_memory(needed, patcher.load_device)

@@ -16,6 +16,8 @@ MODELS = run.ROOT / "demo" / "models"
 MODEL = MODELS / "diffusion_models" / "fewstep-demo.gguf"
 SETTINGS = ["rank=2", "sigmas=[1, 0.5, 0]", "teacher_steps=2", "trajectories=1", "rate=1e-3"]
 
+ALL = ("steps=2", "guidance=2", "optimizer=adamw", "dtype=bf16", "recompute=false")
+
 
 def options(folder, command="trajectory", settings=("steps=2", "guidance=2"), **others):
     given = {
@@ -37,13 +39,15 @@ def pictures(folder):
 
 
 def test_prompts_become_a_lora_and_a_second_run_goes_on(tmp_path, caplog):
-    path = host_run.run(options(tmp_path))
+    path = host_run.run(options(tmp_path, settings=ALL))
     lora = load_file(path)
     assert any(value.any() for name, value in lora.items() if "lora_up" in name)
     assert [p.name for p in (tmp_path / "run-states").iterdir()] == ["00000.pt"]
     kept = load_checkpoint(tmp_path / "run-data.pt")
     assert len(kept["positive"]) == 2 and not kept["latents"].any()
-    again = host_run.run(options(tmp_path, text_encoder=None))  # nothing is encoded again
+    again = host_run.run(
+        options(tmp_path, settings=ALL, text_encoder=None)
+    )  # nothing is encoded again
     assert all(torch.equal(value, lora[name]) for name, value in load_file(again).items())
 
 
@@ -61,6 +65,7 @@ def test_pictures_with_captions_and_a_lora_to_go_on_from(tmp_path):
         ({"prompts": None}, "Pass --images FOLDER or --prompts FILE, just one"),
         ({"text_encoder": None}, "the prompts need --text-encoder"),
         ({"settings": ["stepz=2"]}, "no setting stepz. There are .*steps"),
+        ({"settings": ["dtype=fp8"]}, "dtype is 'fp8': expected one of model, bf16, fp32"),
         ({"settings": ["rank=0"]}, "rank is 0: a MODEL of ComfyUI learns a LoRA"),
         ({"settings": ["sigmas=[0.9, 0]"]}, "starts at 1"),
     ],

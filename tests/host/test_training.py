@@ -165,6 +165,22 @@ def test_the_lora_loads_by_the_stock_node_as_it_was_learned(model):
     assert torch.equal(draw(model), before)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_bfloat16_learns_nearly_the_same_and_leaves_the_model(model, recompute):
+    before, sigma, found = draw(model), torch.full((3,), 0.7), []
+    for dtype in (None, torch.bfloat16):
+        with open_training(model, recompute, dtype=dtype) as backbone:
+            loras = filled(backbone.student(CONFIG, None))
+            text, _ = backbone.read([0, 1, 2], 0, CONFIG, None)
+            backbone.velocity(loras, noise(), sigma, text).square().mean().backward()
+            learned = [p.grad.flatten() for p in loras.parameters() if p.grad is not None]
+            found.append(torch.cat(learned))
+    assert not torch.equal(*found)
+    # bfloat16 rounds to 2^-9
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
+    assert torch.equal(draw(model), before)
+
+
 def test_a_flux_learns_too():
     sizes = flux()
     generator = torch.Generator().manual_seed(0)
