@@ -111,7 +111,6 @@ class Attention:
     def __call__(self, default, q, k, v, heads, mask=None, **options):
         patcher = self.model.current_patcher
         exact = patcher is not None and patcher.force_cast_weights
-        exact = exact or comfy.model_management.in_training  # the kernel has no backward
         if exact or q.device.type != "cpu" or q.numel() <= LARGE_QUERY:
             return default(q, k, v, heads, mask=mask, **options)
         dtype = q.dtype

@@ -15,6 +15,7 @@ import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
 
 from .adapters import LoRASet, block_lists, linear_layers, switched
@@ -81,6 +82,7 @@ class Adapters:
     def _apply(self, x: Tensor, sigma: Tensor, told: list) -> Tensor:
         options = dict(self.patcher.model_options.get("transformer_options", {}))
         options |= {"cond_or_uncond": [0] * len(x), "uuids": [], "sigmas": sigma}
+        options["optimized_attention_override"] = _attention
         c = comfy.samplers.cond_cat(told, device=self.device)
         c["transformer_options"] = options
         wrapper = self.patcher.model_options.get("model_function_wrapper")
@@ -135,6 +137,11 @@ class Adapters:
                 self.model.extra_conds, conds, noise, self.device, kind, latent_image=noise
             )[0]["model_conds"]
         return {name: cond.process_cond(batch_size=1, area=None) for name, cond in made.items()}
+
+
+def _attention(_chosen, *args, **kwargs) -> Tensor:
+    """torch's, which has a backward; what the host or a pack chose may be a kernel without one."""
+    return attention_pytorch(*args, **kwargs)
 
 
 @contextmanager

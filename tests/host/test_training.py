@@ -125,6 +125,18 @@ def test_gradients_are_those_of_small_differences(model, recompute):
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(length.item(), rel=0.02)
 
 
+def test_a_kernel_without_a_backward_is_not_asked(model):
+    def kernel(*args, **kwargs):
+        raise AssertionError
+
+    fast = model.clone()
+    fast.model_options["transformer_options"]["optimized_attention_override"] = kernel
+    with open_training(fast) as backbone:
+        loras = backbone.student(CONFIG, None)
+        text, _ = backbone.read([0], 0, CONFIG, None)
+        backbone.velocity(loras, noise(1), torch.ones(1), text).sum().backward()
+
+
 def test_a_frozen_set_passes_its_inputs_gradient_alone(model):
     sigma = torch.full((3,), 0.7)
     with open_training(model) as backbone:
