@@ -1,5 +1,6 @@
 """The stages on a MODEL, from files: the demo's, which ship with the pack."""
 
+import json
 from argparse import Namespace
 
 import pytest
@@ -10,6 +11,7 @@ from fewstep.distill.loop import Budget, load_checkpoint, train
 from fewstep.host.loading import load_diffusion_model
 from fewstep.host.training import training
 from fewstep.tests.distill.test_folder import picture
+from PIL import Image
 from safetensors.torch import load_file
 
 MODELS = run.ROOT / "demo" / "models"
@@ -49,6 +51,15 @@ def test_prompts_become_a_lora_and_a_second_run_goes_on(tmp_path, caplog):
         options(tmp_path, settings=ALL, text_encoder=None)
     )  # nothing is encoded again
     assert all(torch.equal(value, lora[name]) for name, value in load_file(again).items())
+
+
+def test_a_run_leaves_losses_and_sketches(tmp_path, monkeypatch):
+    monkeypatch.setattr("fewstep.distill.loop.LOG_STEPS", 1)
+    host_run.run(options(tmp_path, sheet_minutes=0.0))
+    rows = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    (sheet, _) = (tmp_path / "sheets" / "run").glob("*.png")
+    assert Image.open(sheet).size == (4, 4)
 
 
 def test_pictures_with_captions_and_a_lora_to_go_on_from(tmp_path):

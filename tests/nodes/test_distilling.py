@@ -9,6 +9,7 @@ import comfy.utils
 import folder_paths
 import pytest
 import torch
+from comfy.cli_args import LatentPreviewMethod, args
 from comfy_extras.nodes_train import LoraModelLoader, SaveLoRA
 from fewstep.distill import few_step_lora
 from fewstep.distill.loop import TrainingDiverged
@@ -150,8 +151,10 @@ def test_progress_counts_steps_and_shows_what_the_student_draws(model, monkeypat
         comfy.utils, "PROGRESS_BAR_HOOK",
         lambda value, total, preview, node_id=None: seen.append((value, total, preview)),
     )  # fmt: skip
+    monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.Latent2RGB)
     distil(model, steps=3)
     assert [row[:2] for row in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert [row[2][1].size for row in seen] == 3 * [(SIDE, SIDE)]
 
 
 def test_what_it_is_told_wrongly_is_answered(model):
