@@ -46,6 +46,7 @@ class TeacherConfig(ModelConfig):
     short_context: int = 16  # tokens kept in most steps
     full_every: int = 32  # steps
     full_from: float = 0.97  # share of the budget after which every step sees all 77 tokens
+    learn: str = ""  # the beginning of the names of what learns: "t5."; empty for all
     compiled: bool = False  # torch.compile the blocks: a fifth faster, needs a C++ compiler
     seed: int = 0
 
@@ -64,6 +65,8 @@ class TeacherTask:
         torch.manual_seed(config.seed)
         self.model = FlowModel(config, vocabulary).to(self.device)
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name.startswith(config.learn))
         hidden = (*HIDDEN, "context_embedder") if config.t5_pieces else HIDDEN
         self.optimizers = build_optimizers(self.model, config, hidden)
         if config.compiled:

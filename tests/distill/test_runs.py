@@ -165,6 +165,36 @@ def test_a_runs_files_say_how_it_is_sampled(folder, capsys):
     assert "second.gguf: 0.0 MB" in capsys.readouterr().out
 
 
+def test_a_teacher_is_softened_towards_what_it_was_tuned_from(folder):
+    write(folder, "base", "teacher", SIZES | {"t5_pieces": 0})
+    commands.train(options(folder, "base", "teacher"), Toy())
+    write(folder, "tuned", "teacher", SIZES, start="base")
+    commands.train(options(folder, "tuned", "teacher"), Toy())
+    given = {"name": "soft", "tuned": "tuned", "base": "base", "ratio": 0.25}
+    commands.soften(Namespace(folder=folder, **given), Toy())
+    base, tuned, soft = (
+        load_checkpoint(folder / f"{name}.pt")["task"]["ema"] for name in ("base", "tuned", "soft")
+    )
+    name = "mmdit.joint_blocks.0.x_block.attn.qkv.weight"
+    assert torch.allclose(soft[name], 0.75 * base[name] + 0.25 * tuned[name])
+    assert not torch.equal(base[name], tuned[name])
+    assert torch.equal(soft["t5.shared.weight"], tuned["t5.shared.weight"])
+    columns = soft["mmdit.context_embedder.weight"][:, 32:]  # which the base never learned
+    assert torch.equal(columns, tuned["mmdit.context_embedder.weight"][:, 32:])
+    assert runs.load_model(folder, "soft", Toy()).config.t5_pieces == 8
+
+
+def test_only_the_t5_learns_if_asked(folder):
+    commands.train(options(folder, "teacher", "teacher"), Toy())
+    write(folder, "t5", "teacher", SIZES | {"learn": "t5."}, start="teacher")
+    commands.train(options(folder, "t5", "teacher"), Toy())
+    before, after = (
+        load_checkpoint(folder / f"{name}.pt")["task"]["ema"] for name in ("teacher", "t5")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("t5.") for name in changed)
+
+
 def test_a_style_is_exported_as_a_lora(folder, capsys):
     run_all(folder)
     write(folder, "dark", "style", STUDENT | {"style": "dark", "rank": 2}, teacher="second")
