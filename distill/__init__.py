@@ -8,8 +8,10 @@
 | 3: split-timestep fine-tuning | match (`branch`), merge |
 | a look, as a LoRA for a student | style |
 | a LoRA instead of all weights | lora |
+| 1 and 2 on any flow model, as a LoRA | few_step_lora, folder; host.training |
 
 `student` is what the stages share, `backbone` what a student is made of, `loop` and `optimize` what
 all training shares; `runs` reads a stage's JSON file, `commands` is the command line, `watch` and
-`table` show what came of it. `guidance` and `reflow` made the model that ships today.
+`table` show what came of it; `host_run` is the command line for any flow model, `several` its
+several processes. `guidance` and `reflow` made the model that ships today.
 """

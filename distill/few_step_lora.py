@@ -138,8 +138,8 @@ def build(
     """The task of a plan; the teacher's trajectories are kept in `folder`.
 
     latents: (m, channels, …) in the model's space; all zero, they only say the size.
-    Raises: ValueError where guidance needs a negative prompt, a batch cannot be shared
-    out, or the optimizer is not there.
+    Raises: ValueError where guidance needs a negative prompt, a batch cannot be shared out, or the
+    optimizer is not there.
     """
     if plan.batch % processes.count:
         raise ValueError(
