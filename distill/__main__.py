@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in {
         "align": "a new T5 learns what CLIP-L says, before it learns more from flow matching",
-        "teacher": "flow matching, with encoder dropout",
+        "teacher": "flow matching, with encoder dropout (first --config tuned, then soften)",
         "trajectory": "stage 1: regress onto the teacher's integrals between the student's steps",
         "match": "stage 2: distribution matching, timesteps shared or random, adversarial heads",
         "split": "stage 3: train the branches of low and of high noise, each on its own",
@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
     soften = commands.add_parser("soften", help="a teacher between a tuned one and what it was")
     soften.add_argument("name", help="of the run to write")
-    soften.add_argument("--tuned", default="teacher", help="run; default teacher")
+    soften.add_argument("--tuned", default="tuned", help="run; default tuned")
     soften.add_argument("--base", default="../teacher", help="run; default ../teacher, the demo's")
     soften.add_argument("--ratio", type=float, default=0.5, help="of the tuned one; default 0.5")
     evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")

@@ -44,7 +44,7 @@ SETTINGS = {
     "style": StyleConfig,
 }
 TEACHERS = ("align", "teacher")
-TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 3.0  # with which a teacher is drawn
+TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 2.0  # with which a teacher is drawn
 
 
 class Dataset(Protocol):

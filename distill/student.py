@@ -24,7 +24,7 @@ class StudentConfig:
     """How a student draws and learns. Rates are those at the plateau."""
 
     sigmas: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5, 0.0)  # uniform, shift 3, rounded
-    guidance: float = 3.0  # the scale of CFG that the teacher draws with, and the student learns
+    guidance: float = 2.0  # the scale of CFG that the teacher draws with, and the student learns
     rank: int = 0  # of a LoRA on every linear layer; 0 trains all weights
     batch: int = 64
     muon_rate: float = 0.0  # of hidden matrices, scaled to AdamW's size of update; 0: AdamW for all

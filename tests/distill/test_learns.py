@@ -10,8 +10,8 @@ from fewstep.flow import sample_euler, uniform
 
 pytestmark = pytest.mark.slow
 
-TEACHER = ["start=null", "depth=2", "t5_pieces=0", "compiled=false", "samples=24000"]
-TEACHER += ["muon_rate=0.002", "adam_rate=0.001", "warmup=50", "ema=0.99"]
+TUNED = ["start=null", "depth=2", "t5_pieces=0", "compiled=false", "samples=24000"]
+TUNED += ["muon_rate=0.002", "adam_rate=0.001", "warmup=50", "ema=0.99"]
 STUDENT = ["teacher_steps=16", "batches=12", "batch=32", "samples=12000"]
 STEPS = 16  # of the teacher
 
@@ -23,13 +23,14 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     dataset, losses = Miniature(folder), {}
     for name, changes in (
-        ("teacher", TEACHER),
+        ("tuned", TUNED),
         ("trajectory", STUDENT),
         ("match", ["batch=16", "samples=960", "proxy_warmup=10"]),
     ):
-        runs.train_run(runs.read_run(name, changes=changes), folder, dataset)
-        lines = (folder / f"{name}.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in lines]
+        known = "teacher" if name == "tuned" else name
+        runs.train_run(runs.read_run(name, known, changes), folder, dataset)
+        lines = (folder / f"{known}.jsonl").read_text().splitlines()
+        losses[known] = [json.loads(line)["loss"] for line in lines]
     return folder, dataset, losses
 
 

@@ -149,7 +149,7 @@ def test_runs_are_timed_from_their_files(folder):
 
 def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():
     sigmas, cfg = runs.schedule({"stage": "teacher"})
-    assert len(sigmas) == 51 and cfg == 3.0
+    assert len(sigmas) == 51 and cfg == 2.0
     assert torch.equal(runs.schedule({"stage": "teacher"}, 4)[0], uniform(4, 3.0))
 
 

@@ -58,7 +58,7 @@ def test_trajectory_is_the_teachers_with_guidance(tmp_path):
             levels = sigma.expand(4)
             with_text = modules.velocity(network, expected, levels, *told).float()
             without = modules.velocity(network, expected, levels, *untold).float()
-        expected = expected - 0.05 * (without + 3 * (with_text - without))
+        expected = expected - 0.05 * (without + 2 * (with_text - without))
     assert states.shape == (5, 4, *toys.SHAPE)
     # half precision on disk, and a batch of eight instead of two of four
     assert torch.allclose(states[1], expected, atol=5e-3)
@@ -75,7 +75,7 @@ def test_trajectories_are_made_once(tmp_path):
 
 def test_trajectories_of_another_kind_are_refused(tmp_path):
     toys.trajectory(tmp_path).step(0, 0.0)
-    with pytest.raises(ValueError, match=r"00000\.pt .*guidance 3\.0 \(now 5\.0\)"):
+    with pytest.raises(ValueError, match=r"00000\.pt .*guidance 2\.0 \(now 5\.0\)"):
         toys.trajectory(tmp_path, guidance=5.0).step(0, 0.0)
     toys.trajectory(tmp_path, adam_rate=1e-3).step(0, 0.0)  # which changes no trajectory
 
