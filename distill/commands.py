@@ -8,10 +8,9 @@ from pathlib import Path
 from time import perf_counter
 
 from PIL import Image
-from safetensors.torch import save_file
 
+from ..host.learned import save_whole
 from . import runs
-from .loop import load_checkpoint
 from .lora import as_file
 from .match import RENOISE
 from .merge import RATIOS
@@ -101,7 +100,7 @@ def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
         note = {"recipe": options.recipe} if options.recipe else {}
         _evaluate(name, options, dataset, options.steps, options.cfg, note)
         if options.sheet:
-            config = load_checkpoint(options.folder / f"{name}.pt")["config"]
+            config = runs.checkpoint(options.folder, name)["config"]
             sigmas, cfg = runs.schedule(config, options.steps)
             model = runs.load_model(options.folder, name, dataset)
             path = options.folder / "sheets" / f"{name}-{len(sigmas) - 1}.png"
@@ -140,9 +139,7 @@ def export(options: Namespace, dataset: Dataset) -> None:
         path = options.models / "loras" / f"fewstep-{options.name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = as_file(state["task"]["ema"], rank)
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, {"fewstep.run": json.dumps(state["config"])})
-        temporary.replace(path)
+        save_whole(tensors, path, {"fewstep.run": json.dumps(state["config"])})
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
         return
     for path in _export(options.name, options.models, options, dataset):

@@ -88,3 +88,10 @@ def wrap(
 def is_gguf(tensor) -> bool:
     """True for a `QuantizedTensor` of this layout (the host has others)."""
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of this layout in float32; any other as it is."""
+    if not is_gguf(tensor):
+        return tensor
+    return dequantize(tensor._qdata, tensor.params.qtype, tuple(tensor.shape))

@@ -54,7 +54,17 @@ def lora_model(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def save_lora(weights: dict[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file(lora_model(weights), path)
+    save_whole(lora_model(weights), path)
+
+
+def save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict | None = None) -> None:
+    """Write a safetensors file beside its place, then rename it there: never half a file."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _save_stopped(weights: dict[str, Tensor], steps: int) -> Path:

@@ -9,7 +9,6 @@ import comfy.utils
 import torch
 
 from ..flow import preset_from_metadata
-from ..quant import dequantize
 from . import t5, vocabulary
 from .cpu import use_fast_attention, wants_float32
 from .files import (
@@ -22,7 +21,7 @@ from .files import (
     wrong_kind,
 )
 from .hooks import take_hooks
-from .layout import is_gguf
+from .layout import dense, is_gguf
 from .lora import take_loras
 from .ops import gguf_ops
 from .residency import budget_of, stay_resident
@@ -142,10 +141,10 @@ def load_vae(path: str):
     Raises: ValueError (GGUFError) naming the file and the remedy.
     """
     state_dict, metadata = read(path)
-    dense = {name: _dense(tensor) for name, tensor in state_dict.items()}
-    for name, tensor in dense.items():
+    weights = {name: dense(tensor) for name, tensor in state_dict.items()}
+    for name, tensor in weights.items():
         check_finite(path, name, tensor)
-    vae = comfy.sd.VAE(sd=dense, metadata=texts(metadata))
+    vae = comfy.sd.VAE(sd=weights, metadata=texts(metadata))
     if vae.first_stage_model is None:
         raise wrong_kind(path, state_dict, metadata, "VAE")
     return vae
@@ -175,12 +174,6 @@ def preset_of(path, metadata):
         return preset_from_metadata(metadata)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _dense(tensor):
-    if not is_gguf(tensor):
-        return tensor
-    return dequantize(tensor._qdata, tensor.params.qtype, tuple(tensor.shape))
 
 
 def _encoder_config(path, state_dict, metadata) -> dict:

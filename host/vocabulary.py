@@ -7,8 +7,7 @@ small model of a few words is then not mostly zeros: ours is 1.3 MB instead of 8
 import torch
 from torch import Tensor
 
-from ..quant import dequantize
-from .layout import is_gguf
+from .layout import dense
 
 IDS = "fewstep.text_encoder.token_ids"
 TABLE = "text_model.embeddings.token_embedding.weight"
@@ -29,8 +28,6 @@ def spread(path: str, state_dict: dict[str, Tensor], metadata: dict) -> None:
             f"{path}: {IDS} names {len(ids)} tokens for the {rows} rows of {TABLE}, or some that "
             f"CLIP does not have (0 to {TOKENS - 1}). The file was badly written: get another one."
         )
-    if is_gguf(table):
-        table = dequantize(table._qdata, table.params.qtype, tuple(table.shape))
     whole = torch.zeros(TOKENS, table.shape[1], dtype=torch.float16)
-    whole[ids] = table.to(whole.dtype)
+    whole[ids] = dense(table).to(whole.dtype)
     state_dict[TABLE] = whole
