@@ -5,10 +5,15 @@ whose numbers these equal, in a dozen passes. The bits of each type are drawn wh
 torch formulation stands (legacy.py, k.py, iq.py). A program takes `B` blocks, a row each, and
 `lane` runs over the bytes of a row; a byte is loaded once for all the weights that it holds. Fusing
 products with sums is off, so that a product is rounded before something is added to it.
+
+A type is one function, whatever becomes of its weights. `at` is where each row's block starts, or
+each lane's where several lie side by side, `live` which of them are there. got = take(got, there,
+seen, offset, w) is given the weights `offset` + lane of each, float32: here to be stored, in
+triton_linear.py to be multiplied.
 """
 
 import subprocess
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -46,41 +51,22 @@ def _half(at, live):
 
 
 @triton.jit
-def _place(
-    data,
-    out,
-    n,
-    width: tl.constexpr,
-    size: tl.constexpr,
-    lanes: tl.constexpr,
-    B: tl.constexpr,
-):
-    """The row of each block of `width` bytes, where its `size` weights go, lanes, what is there."""
-    b = (tl.program_id(0).to(tl.int64) * B + tl.arange(0, B))[:, None]
-    lane = tl.arange(0, lanes)[None, :]
-    return data + b * width, out + b * size + lane, lane, b < n
+def q8_0(at, lane, live, levels, take: tl.constexpr, there, seen, got):
+    return take(got, there, seen, 0, _signed(at + 2 + lane, live) * _half(at, live))
 
 
 @triton.jit
-def q8_0(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 34, 32, 32, B)
-    tl.store(to, _signed(at + 2 + lane, live) * _half(at, live), mask=live)
-
-
-@triton.jit
-def q4_0(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 18, 32, 16, B)
+def q4_0(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, q = _half(at, live), _byte(at + 2 + lane, live)
-    tl.store(to, ((q & 15) - 8).to(tl.float32) * d, mask=live)
-    tl.store(to + 16, ((q >> 4) - 8).to(tl.float32) * d, mask=live)
+    got = take(got, there, seen, 0, ((q & 15) - 8).to(tl.float32) * d)
+    return take(got, there, seen, 16, ((q >> 4) - 8).to(tl.float32) * d)
 
 
 @triton.jit
-def q4_1(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 20, 32, 16, B)
+def q4_1(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, m, q = _half(at, live), _half(at + 2, live), _byte(at + 4 + lane, live)
-    tl.store(to, (q & 15).to(tl.float32) * d + m, mask=live)
-    tl.store(to + 16, (q >> 4).to(tl.float32) * d + m, mask=live)
+    got = take(got, there, seen, 0, (q & 15).to(tl.float32) * d + m)
+    return take(got, there, seen, 16, (q >> 4).to(tl.float32) * d + m)
 
 
 @triton.jit
@@ -91,26 +77,23 @@ def _fifth(at, lane, live):
 
 
 @triton.jit
-def q5_0(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 22, 32, 16, B)
+def q5_0(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, q = _half(at, live), _byte(at + 6 + lane, live)
     low, high = _fifth(at + 2, lane, live)
-    tl.store(to, ((q & 15 | low) - 16).to(tl.float32) * d, mask=live)
-    tl.store(to + 16, ((q >> 4 | high) - 16).to(tl.float32) * d, mask=live)
+    got = take(got, there, seen, 0, ((q & 15 | low) - 16).to(tl.float32) * d)
+    return take(got, there, seen, 16, ((q >> 4 | high) - 16).to(tl.float32) * d)
 
 
 @triton.jit
-def q5_1(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 24, 32, 16, B)
+def q5_1(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, m, q = _half(at, live), _half(at + 2, live), _byte(at + 8 + lane, live)
     low, high = _fifth(at + 4, lane, live)
-    tl.store(to, (q & 15 | low).to(tl.float32) * d + m, mask=live)
-    tl.store(to + 16, (q >> 4 | high).to(tl.float32) * d + m, mask=live)
+    got = take(got, there, seen, 0, (q & 15 | low).to(tl.float32) * d + m)
+    return take(got, there, seen, 16, (q >> 4 | high).to(tl.float32) * d + m)
 
 
 @triton.jit
-def q2_k(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 84, 256, 32, B)
+def q2_k(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, m = _half(at + 80, live), _half(at + 82, live)
     for group in tl.static_range(2):
         q = _byte(at + 16 + 32 * group + lane, live)
@@ -118,12 +101,12 @@ def q2_k(data, out, n, levels, B: tl.constexpr):
             scale = _byte(at + 8 * group + 2 * k + lane // 16, live)
             dl, ml = (scale & 15).to(tl.float32) * d, (scale >> 4).to(tl.float32) * m
             w = (q >> 2 * k & 3).to(tl.float32) * dl - ml
-            tl.store(to + 128 * group + 32 * k, w, mask=live)
+            got = take(got, there, seen, 128 * group + 32 * k, w)
+    return got
 
 
 @triton.jit
-def q3_k(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 110, 256, 32, B)
+def q3_k(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, h = _half(at + 108, live), _byte(at + lane, live)
     for group in tl.static_range(2):
         q = _byte(at + 32 + 32 * group + lane, live)
@@ -133,7 +116,8 @@ def q3_k(data, out, n, levels, B: tl.constexpr):
             high = _byte(at + 104 + part % 4, live) >> 2 * (2 * group + k // 2) & 3
             dl = ((low | high << 4) - 32).to(tl.float32) * d
             w = ((q >> 2 * k & 3 | (h >> 4 * group + k & 1) << 2) - 4).to(tl.float32) * dl
-            tl.store(to + 128 * group + 32 * k, w, mask=live)
+            got = take(got, there, seen, 128 * group + 32 * k, w)
+    return got
 
 
 @triton.jit
@@ -149,20 +133,19 @@ def _scale_min(at, j: tl.constexpr, live):
 
 
 @triton.jit
-def q4_k(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 144, 256, 32, B)
+def q4_k(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, dmin = _half(at, live), _half(at + 2, live)
     for pair in tl.static_range(4):
         q = _byte(at + 16 + 32 * pair + lane, live)
         for k in tl.static_range(2):
             sc, m = _scale_min(at + 4, 2 * pair + k, live)
             w = (q >> 4 * k & 15).to(tl.float32) * (sc * d) - m * dmin
-            tl.store(to + 64 * pair + 32 * k, w, mask=live)
+            got = take(got, there, seen, 64 * pair + 32 * k, w)
+    return got
 
 
 @triton.jit
-def q5_k(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 176, 256, 32, B)
+def q5_k(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, dmin, h = _half(at, live), _half(at + 2, live), _byte(at + 16 + lane, live)
     for pair in tl.static_range(4):
         q = _byte(at + 48 + 32 * pair + lane, live)
@@ -170,12 +153,12 @@ def q5_k(data, out, n, levels, B: tl.constexpr):
             sc, m = _scale_min(at + 4, 2 * pair + k, live)
             q5 = q >> 4 * k & 15 | (h >> 2 * pair + k & 1) << 4
             w = q5.to(tl.float32) * (sc * d) - m * dmin
-            tl.store(to + 64 * pair + 32 * k, w, mask=live)
+            got = take(got, there, seen, 64 * pair + 32 * k, w)
+    return got
 
 
 @triton.jit
-def q6_k(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 210, 256, 32, B)
+def q6_k(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d = _half(at + 208, live)
     for group in tl.static_range(2):
         h = _byte(at + 128 + 32 * group + lane, live)
@@ -185,41 +168,76 @@ def q6_k(data, out, n, levels, B: tl.constexpr):
                 part = 2 * k + side
                 dl = _signed(at + 192 + 8 * group + 2 * part + lane // 16, live) * d
                 w = ((q >> 4 * k & 15 | (h >> 2 * part & 3) << 4) - 32).to(tl.float32) * dl
-                tl.store(to + 128 * group + 32 * part, w, mask=live)
+                got = take(got, there, seen, 128 * group + 32 * part, w)
+    return got
 
 
 @triton.jit
-def iq4_nl(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 18, 32, 16, B)
+def iq4_nl(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d, q = _half(at, live), _byte(at + 2 + lane, live)
-    tl.store(to, tl.load(levels + (q & 15)) * d, mask=live)
-    tl.store(to + 16, tl.load(levels + (q >> 4)) * d, mask=live)
+    got = take(got, there, seen, 0, tl.load(levels + (q & 15)) * d)
+    return take(got, there, seen, 16, tl.load(levels + (q >> 4)) * d)
 
 
 @triton.jit
-def iq4_xs(data, out, n, levels, B: tl.constexpr):
-    at, to, lane, live = _place(data, out, n, 136, 256, 16, B)
+def iq4_xs(at, lane, live, levels, take: tl.constexpr, there, seen, got):
     d = _half(at, live)
     for j in tl.static_range(8):
         low = _byte(at + 4 + j // 2, live) >> 4 * (j % 2) & 15
         high = _byte(at + 2 + j // 4, live) >> 2 * (j % 4) & 3
         dl = ((low | high << 4) - 32).to(tl.float32) * d
         q = _byte(at + 8 + 16 * j + lane, live)
-        tl.store(to + 32 * j, tl.load(levels + (q & 15)) * dl, mask=live)
-        tl.store(to + 32 * j + 16, tl.load(levels + (q >> 4)) * dl, mask=live)
+        got = take(got, there, seen, 32 * j, tl.load(levels + (q & 15)) * dl)
+        got = take(got, there, seen, 32 * j + 16, tl.load(levels + (q >> 4)) * dl)
+    return got
 
 
-_KERNELS = {
-    T[kernel.__name__.upper()]: kernel
-    for kernel in (q8_0, q4_0, q4_1, q5_0, q5_1, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_nl, iq4_xs)
+_LANES = {
+    16: (q4_0, q4_1, q5_0, q5_1, iq4_nl, iq4_xs),
+    32: (q8_0, q2_k, q3_k, q4_k, q5_k, q6_k),
 }
-COMPILED = frozenset(_KERNELS)
+# type -> its function, lanes
+FORMATS = {
+    T[unpack.__name__.upper()]: (unpack, lanes)
+    for lanes, functions in _LANES.items()
+    for unpack in functions
+}
+COMPILED = frozenset(FORMATS)
+
+
+@triton.jit
+def _store(got, to, live, offset: tl.constexpr, w):
+    tl.store(to + offset, w, mask=live)
+    return got
+
+
+@triton.jit
+def _dequantize(
+    data,
+    out,
+    n,
+    levels,
+    unpack: tl.constexpr,
+    width: tl.constexpr,
+    size: tl.constexpr,
+    lanes: tl.constexpr,
+    B: tl.constexpr,
+):
+    """n blocks of `width` bytes -> their `size` weights each."""
+    b = (tl.program_id(0).to(tl.int64) * B + tl.arange(0, B))[:, None]
+    lane, live = tl.arange(0, lanes)[None, :], b < n
+    unpack(data + b * width, lane, live, levels, _store, out + b * size + lane, live, 0)
 
 
 @cache
-def _levels(device: torch.device) -> Tensor:
+def levels(device: torch.device) -> Tensor:
     """The values of IQ4_NL's codes."""
     return torch.tensor(IQ4_NL.kvalues, dtype=torch.float32, device=device)
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Triton starts kernels on the current GPU: makes it this one."""
+    return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
 def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
@@ -227,15 +245,18 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
 
     Raises: one of FAILURES where no kernel can be built.
     """
-    block_size, device = GGML_QUANT_SIZES[qtype][0], out.device
-    programs = triton.cdiv(len(blocks) * block_size, _WEIGHTS)
-    own = nullcontext() if device.type == "cpu" else getattr(torch, device.type).device_of(out)
-    with own:  # Triton starts kernels on the current GPU
-        _KERNELS[qtype][(programs,)](
+    size, width = GGML_QUANT_SIZES[qtype]
+    function, lanes = FORMATS[qtype]
+    with current(out.device):
+        _dequantize[(triton.cdiv(len(blocks) * size, _WEIGHTS),)](
             blocks.contiguous(),
             out,
             len(blocks),
-            _levels(device),
-            B=_WEIGHTS // block_size,
+            levels(out.device),
+            unpack=function,
+            width=width,
+            size=size,
+            lanes=lanes,
+            B=_WEIGHTS // size,
             enable_fp_fusion=False,
         )
