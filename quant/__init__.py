@@ -9,6 +9,7 @@ from .dequant import (
     multiply_many,
 )
 from .errors import GGUFError
+from .fused import multiply_fused, prefers_fused
 from .quantize import quantize, writable_types
 from .reader import GGUFFile, TensorInfo
 from .types import PLAIN_TYPES, QTYPES, QType, types_markdown
@@ -26,7 +27,9 @@ __all__ = [
     "dequantize_rows",
     "low_rank_factors",
     "multiply_few",
+    "multiply_fused",
     "multiply_many",
+    "prefers_fused",
     "quantize",
     "types_markdown",
     "writable_types",

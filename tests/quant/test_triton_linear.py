@@ -1,0 +1,125 @@
+"""The GPU's product of a packed matrix, in Triton's interpreter, against float64; and that Triton
+can build it for a GPU, which needs none either.
+"""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from fewstep.quant import QTYPES
+from fewstep.tests.quant.test_linear import matrix, normal
+from fewstep.tests.quant.test_triton import TYPES
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as T
+
+triton = pytest.importorskip("triton")
+NAMES = ("fewstep.quant.triton_linear", "fewstep.quant.triton_dequant")
+# How far a rounding to the type may lie from a number: half a step, or, in bfloat16, a whole one:
+# the interpreter cuts where a GPU rounds. float32 is rounded to nowhere.
+ROUNDING = {torch.float32: 0, torch.float16: 2**-11, torch.bfloat16: 2**-7}
+ROWS = 40  # one program's rows and a part of another's
+
+
+def fresh(monkeypatch, interpret):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)  # looked at when a kernel is defined
+    for name in NAMES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(NAMES[0])
+
+
+def forget():
+    for name in NAMES:
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    yield fresh(monkeypatch, "1")
+    forget()
+
+
+@pytest.fixture
+def for_gpus(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    yield fresh(monkeypatch, "0")
+    forget()
+
+
+def three_blocks(qtype):
+    """So many columns; where two blocks lie side by side, the last one has no neighbour."""
+    return 3 * QTYPES[qtype].block_size
+
+
+def excess(got, x, weight, bias):
+    """The largest error, as a share of what the roundings allow: of each weight, of the result,
+    and of float32's sums, whose every step errs by 2**-24 of what it has so far, at the most.
+    """
+    truth, sizes = x.double() @ weight.T + bias.double(), x.double().abs() @ weight.abs().T
+    sizes = sizes + bias.double().abs()
+    rounding = ROUNDING[x.dtype]
+    allowed = rounding * (sizes + truth.abs()) + (x.shape[1] + 2) * 2**-24 * sizes
+    return ((got.double() - truth).abs() / (allowed * (1 + rounding))).max().item()
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("qtype", TYPES, ids=lambda qtype: qtype.name)
+def test_every_type_errs_no_more_than_its_roundings(kernels, qtype, dtype):
+    blocks, _, weight = matrix(qtype, ROWS, three_blocks(qtype))
+    x = (normal(7, weight.shape[1]) / 64).to(dtype)  # so that float16 holds the sums
+    bias = normal(ROWS, seed=1).to(dtype)
+    got = kernels.linear(blocks, qtype, x, bias)
+    assert got.dtype == dtype and got.shape == (7, ROWS)
+    assert excess(got, x, weight, bias) < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("vectors", [1, 16, 77, 130])  # one program's, and a part of another's
+@pytest.mark.parametrize(("qtype", "rows"), [(T.Q4_0, 1), (T.Q4_K, 33), (T.Q8_0, 64)])
+def test_any_number_of_vectors_and_rows(kernels, qtype, rows, vectors, dtype):
+    blocks, _, weight = matrix(qtype, rows, three_blocks(qtype))
+    x = normal(vectors, weight.shape[1]).to(dtype)
+    assert excess(kernels.linear(blocks, qtype, x), x, weight, torch.zeros(rows)) < 1
+
+
+def test_vectors_and_blocks_may_lie_anywhere(kernels):
+    blocks, qtype, _ = matrix(T.Q6_K, ROWS, 256)
+    odd = torch.empty(blocks.numel() + 1, dtype=torch.uint8)[1:].view_as(blocks).copy_(blocks)
+    x = normal(256, 5).T
+    got = kernels.linear(odd, qtype, x)
+    assert torch.equal(got, kernels.linear(blocks, qtype, x.contiguous()))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # the interpreter's, at NaN
+def test_nan_shows_and_stays_in_its_row(kernels):
+    blocks, qtype, _ = matrix(T.Q6_K, ROWS, 256)
+    blocks[7, 208:210] = torch.tensor([0xFF, 0x7F], dtype=torch.uint8)
+    got = kernels.linear(blocks, qtype, normal(3, 256))
+    assert got.isnan().any(0).nonzero().flatten().tolist() == [7]
+
+
+def test_every_type_that_is_unpacked_is_multiplied(kernels):
+    assert set(TYPES) == kernels.COMPILED
+
+
+@pytest.mark.parametrize("qtype", TYPES, ids=lambda qtype: qtype.name)
+def test_a_gpus_compiler_takes_it(for_gpus, qtype):
+    """What the interpreter allows, Triton's compiler need not: it makes a kernel for sm_80."""
+    from triton.backends import backends
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if "nvidia" not in backends:
+        pytest.skip("this Triton has no compiler for NVIDIA's GPUs")
+    (size, width), (unpack, lanes) = GGML_QUANT_SIZES[qtype], for_gpus.FORMATS[qtype]
+    kernel, numbers = for_gpus._linear, ("x", "bias", "out")
+    constants = dict(unpack=unpack, take=for_gpus._add_product, width=width, size=size)
+    constants |= dict(lanes=lanes, beside=for_gpus.beside(lanes, size), M=16, N=32)
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(numbers, "*bf16")
+    signature |= {"data": "*u8", "levels": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    made = triton.compile(
+        ASTSource(kernel, signature, constants),
+        target=GPUTarget("cuda", 80, 32),
+        options={"enable_fp_fusion": False, "num_stages": 1},
+    )
+    assert "mma.sync" in made.asm["ptx"]  # tensor cores multiply
