@@ -4,8 +4,8 @@ The classes derive from the host's `manual_cast`, so that casting, offloading an
 the host's. They add five things: weights are taken over from the state dict instead of copied (a
 quantised weight cannot be copied into a float parameter, and a mapped file should not be); a
 weight that the host patches is dequantised first; a LoRA on a linear layer is computed beside its
-weight (see `lora.py`); products on a CPU take the type that is fast there (see `cpu.py`); and a
-result that is not finite names its tensor.
+weight (see `lora.py`); products take the type and the kernel that are fast on the device (see
+`cpu.py`, `gpu.py`); and a result that is not finite names its tensor.
 """
 
 import re
@@ -18,6 +18,7 @@ from comfy.quant_ops import QuantizedTensor
 from ..quant import dequantize_rows
 from .compiled import OneOperation
 from .cpu import multiply_packed, product_dtype
+from .gpu import multiply_on_gpu
 from .hooks import TakesHooks, is_loaders
 from .layout import is_gguf
 from .lora import TakesLoRA
@@ -248,12 +249,19 @@ def gguf_ops(
                 added = self.weight_function or self.bias_function or (waiting and not branch)
                 if self.turned and not added and isinstance(self.weight, QuantizedTensor):
                     return self.multiply_turned(input, branch)
-                output = None if added else multiply_packed(self, input, branch)
+                output = None if added else self.by_kernel(input, branch)
                 if output is not None and not self.gguf_checked:
                     self.gguf_checked = bool(output.isfinite().all())
                 if output is None or not self.gguf_checked:
                     return self.multiply(input, waiting, branch)
                 return output
+
+            def by_kernel(self, input, branch):
+                """The output from the packed weight; None where a CPU's or GPU's kernel is not the
+                faster way.
+                """
+                output = multiply_packed(self, input, branch)
+                return multiply_on_gpu(self, input, branch) if output is None else output
 
             def multiply(self, input, waiting, branch):
                 x = input.to(product_dtype(self, input))
