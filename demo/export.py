@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType as QType
-from gguf.quants import quantize
 from torch import Tensor, nn
 
 from ..distill.model import T5_END, T5_PAD, T5_UNKNOWN, FlowModel, ModelConfig
 from ..flow import Preset, preset_to_metadata, uniform
 from ..host import modules, names, vocabulary
-from ..quant import write_gguf
+from ..quant import quantize, write_gguf
 from ..quant.convert import convert
 from ..quant.plan import make_plan
 from ..quant.recipes import recipe_named
@@ -38,29 +37,38 @@ PRESET = Preset(
     sure="H",
     source="this repository: python -m demo train",
 )
-RECIPE = "flash-8"
+TEACHER = f"{NAME}-teacher"  # the file of the model that the student was made of
+RECIPE = "flash-6"
+# Kept at 16 bits by every recipe, as they should be; in a model this small they weigh too much.
+SMALLER = tuple(
+    (glob, QType.Q8_0) for glob in ("?_embedder.mlp.?.weight", "context_embedder.weight")
+)
 
+Types = tuple[tuple[str, QType], ...]
 Entry = tuple[str, Tensor | tuple[Tensor, QType, tuple[int, ...]]]
 
 
-def _q8_0(name: str, weight: Tensor) -> Entry:
-    blocks = torch.from_numpy(quantize(weight.float().numpy(), QType.Q8_0))
-    return name, (blocks, QType.Q8_0, tuple(weight.shape))
+def _packed(name: str, weight: Tensor, qtype: QType = QType.Q8_0) -> Entry:
+    """A weight in blocks along its rows, or along all of it where they are too short."""
+    rows = weight.float() if weight.shape[-1] % 32 == 0 else weight.float().reshape(1, -1)
+    return name, (quantize(rows, qtype), qtype, tuple(weight.shape))
 
 
-def write_mmdit(mmdit: nn.Module, path: Path, metadata: dict, recipe: str = RECIPE) -> None:
-    """Write an MMDiT as one of quant's recipes has it."""
+def write_mmdit(
+    mmdit: nn.Module, path: Path, metadata: dict, recipe: str = RECIPE, other: Types = ()
+) -> None:
+    """Write an MMDiT as one of quant's recipes has it, but for tensors of `other` types."""
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder) / path.name
         write_gguf(whole, "sd3", metadata, mmdit.state_dict().items())
-        convert(make_plan(open_source(whole), recipe_named(recipe)), path)
+        convert(make_plan(open_source(whole), recipe_named(recipe), other), path)
 
 
 def _text_tensors(model: FlowModel) -> Iterator[Entry]:
     """CLIP-L's, of its token table only the words that were learned (`host.vocabulary`)."""
     for name, value in model.text.clip.state_dict().items():
         value = model.text.table[1:] if name == vocabulary.TABLE else value
-        yield name, value.float() if value.ndim < 2 else value.half()
+        yield (name, value.float()) if value.ndim < 2 else _packed(name, value)
 
 
 def _t5_tensors(t5: nn.Module) -> Iterator[Entry]:
@@ -73,8 +81,11 @@ def _t5_tensors(t5: nn.Module) -> Iterator[Entry]:
             stem = f"enc.blk.{block}.{inner[part]}"
         else:
             stem = inner[stem]
-        plain = value.ndim < 2 or value.shape[-1] % 32
-        yield (f"{stem}.{kind}", value.float()) if plain else _q8_0(f"{stem}.{kind}", value)
+        name = f"{stem}.{kind}"
+        if value.ndim < 2 or value.shape[-1] % 32:
+            yield name, value.float()
+        else:
+            yield _packed(name, value, QType.Q8_0 if value.shape[-1] % 256 else QType.Q6_K)
 
 
 def t5_metadata(config: ModelConfig) -> dict:
@@ -109,7 +120,8 @@ def t5_metadata(config: ModelConfig) -> dict:
 
 def _vae_tensors(vae: nn.Module) -> Iterator[Entry]:
     for name, value in vae.state_dict().items():
-        yield name, value.float().reshape(-1) if value.ndim < 2 else value.half()
+        small = value.numel() % 32 or value.ndim < 2
+        yield (name, value.float().reshape(-1)) if small else _packed(name, value)
 
 
 @torch.no_grad()
@@ -120,11 +132,12 @@ def export(
     folder: Path,
     preset: Preset = PRESET,
     recipe: str = RECIPE,
+    name: str = NAME,
 ) -> list[Path]:
     """Write the files below `folder`, each whole or not at all; their paths.
 
-    They are as many as FILES, less T5's for a model without one. `preset` is what the model's file
-    says of how it is sampled, `recipe` how the MMDiT is quantised.
+    They are as many as FILES, less T5's for a model without one. `preset` is what the model's file,
+    `name`, says of how it is sampled, `recipe` how the MMDiT is quantised.
     """
     model, vae = model.cpu(), vae.cpu()
     sizes = {
@@ -136,13 +149,14 @@ def export(
     text_metadata = {f"fewstep.text_encoder.{key}": value for key, value in sizes.items()}
     text_metadata[vocabulary.IDS] = model.text.ids.tolist()
     paths = {
-        part: folder / name for part, name in FILES.items() if part != "t5" or config.t5_pieces
+        part: folder / file for part, file in FILES.items() if part != "t5" or config.t5_pieces
     }
+    paths["mmdit"] = paths["mmdit"].with_stem(name)
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     named = {"general.name": preset.name, "general.license": "apache-2.0"}
     sampled = preset_to_metadata(preset)
-    write_mmdit(model.mmdit, paths["mmdit"], named | sampled, recipe)
+    write_mmdit(model.mmdit, paths["mmdit"], named | sampled, recipe, SMALLER)
     write_gguf(paths["text"], "clip", named | text_metadata, _text_tensors(model))
     write_gguf(paths["vae"], "taesd", named, _vae_tensors(vae))
     if config.t5_pieces:

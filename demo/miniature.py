@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from ..distill.model import FlowModel
+from ..distill.model import FlowModel, ModelConfig
 from ..distill.reflow import Mend
 from ..flow import Preset
 from ..host import modules
@@ -17,11 +17,11 @@ from ..host.loading import load_diffusion_model
 from . import categories, recipe
 from .captions import KINDS, draw_captions
 from .evaluate import contact_sheet, draw_pictures
-from .export import FILES, write_mmdit
+from .export import FILES, NAME, write_mmdit
 from .export import export as write_files
 from .ladder import Pictures
 from .prompts import PIECES
-from .shipped import MODELS, read_weights
+from .shipped import MODELS, load_shipped, read_weights
 from .styles import STYLES
 
 SHOWN = 20  # pictures of a sheet
@@ -37,6 +37,10 @@ class Miniature:
         self.widths = [1, 1, 1, *(len(modules.token_ids(word)) for word in words[3:])]
         self.vae = modules.build_taesd(recipe.DECODER_GAIN).eval().requires_grad_(False)
         self.vae.load_state_dict(read_weights(models / FILES["vae"]))
+        self.models = models
+
+    def shipped(self, name: str, config: ModelConfig) -> FlowModel:
+        return load_shipped(self.models, config, tuple(self.vocabulary), name)[0]
 
     def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
         return recipe.training_batch(self.code, size, index, encoders)
@@ -76,8 +80,10 @@ class Miniature:
             model.mmdit.load_state_dict(read_weights(path))
         return model
 
-    def export(self, model: FlowModel, preset: Preset, folder: Path, recipe: str) -> list[Path]:
-        return write_files(model, self.vae, model.config, folder, preset, recipe)
+    def export(
+        self, model: FlowModel, preset: Preset, folder: Path, recipe: str, file: str | None
+    ) -> list[Path]:
+        return write_files(model, self.vae, model.config, folder, preset, recipe, file or NAME)
 
     def through_host(self, folders: Sequence[Path], turns: int) -> list[list[float]]:
         """Alternately one picture by each folder's files: text, sampling and VAE as a graph has."""

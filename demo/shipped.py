@@ -1,4 +1,4 @@
-"""Read the three GGUF files that ship back into the modules they were trained in."""
+"""Read the GGUF files that ship back into the modules they were trained in."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from ..distill.model import FlowModel
 from ..distill.teacher import TeacherConfig
-from ..host import modules, vocabulary
+from ..host import modules, names, vocabulary
 from ..quant import GGUFFile, dequantize
-from .export import FILES
+from .export import FILES, NAME
 
 MODELS = Path(__file__).parent / "models"
 
@@ -25,15 +25,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_shipped(
-    folder: Path = MODELS, config: TeacherConfig | None = None, ids: tuple[int, ...] = ()
+    folder: Path = MODELS,
+    config: TeacherConfig | None = None,
+    ids: tuple[int, ...] = (),
+    name: str = NAME,
 ) -> tuple[FlowModel, nn.Module]:
-    """The flow model, whose token table holds `ids`, and the VAE below `folder`."""
+    """The flow model `name`, whose token table holds `ids`, and the VAE below `folder`.
+
+    A `config` with pieces of T5's reads the T5 too.
+    """
     model = FlowModel(config or TeacherConfig(), ids)
     text = read_weights(folder / FILES["text"])
     vocabulary.spread(FILES["text"], text, GGUFFile(folder / FILES["text"]).metadata)
     model.text.table.data[1:] = text.pop(vocabulary.TABLE)[model.text.ids]
     model.text.clip.load_state_dict(text, strict=False)  # but for the table, taken above
-    model.mmdit.load_state_dict(read_weights(folder / FILES["mmdit"]))
+    model.mmdit.load_state_dict(read_weights((folder / FILES["mmdit"]).with_stem(name)))
+    if model.config.t5_pieces:
+        read = read_weights(folder / FILES["t5"])
+        theirs = {names.text_encoder_name(name, "t5encoder"): read[name] for name in read}
+        model.t5.load_state_dict(theirs)
     vae = modules.build_taesd()
     vae.load_state_dict(read_weights(folder / FILES["vae"]))
     return model.eval().requires_grad_(False), vae.eval().requires_grad_(False)

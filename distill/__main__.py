@@ -1,6 +1,6 @@
 """Distil a few-step model, a stage at a time.
 
-    python -m distill align | teacher | soften | trajectory | match | split | merge | style
+    python -m distill adopt | align | teacher | soften | trajectory | match | split | merge | style
     python -m distill eval | time | noise | table | export
     python -m distill trajectory | match --model FILE --text-encoder FILE … --prompts FILE
 
@@ -56,6 +56,10 @@ def parse_arguments() -> argparse.Namespace:
     merge.add_argument("--name", help="of the run; default the configuration's")
     merge.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
+    adopt = commands.add_parser("adopt", help="a model that ships, as a run to start from")
+    adopt.add_argument("name", help="of the run to write")
+    adopt.add_argument("--shipped", default="fewstep-demo-teacher", help="its file's name")
+    adopt.add_argument("--config", default="teacher", help="a teacher's, of the model's sizes")
     soften = commands.add_parser("soften", help="a teacher between a tuned one and what it was")
     soften.add_argument("name", help="of the run to write")
     soften.add_argument("--tuned", default="tuned", help="run; default tuned")
@@ -70,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     export = commands.add_parser("export", help="a run's GGUF files, with fewstep.* metadata")
     export.add_argument("name", help="of the run")
     export.add_argument("--models", required=True, type=Path, help="folder to write below")
+    export.add_argument("--file", help="name of the model's file; default as the one that ships")
     time = commands.add_parser("time", help="seconds a picture through ComfyUI, runs in turns")
     time.add_argument("name", nargs="+", help="of runs")
     time.add_argument("--turns", type=int, default=9, help="default 9")

@@ -88,6 +88,12 @@ def merge(options: Namespace, dataset: Dataset) -> None:
     print(f"{runs.merge_runs(options.folder, run, best)}: ratio {best} of the high branch")
 
 
+def adopt(options: Namespace, dataset: Dataset) -> None:
+    """Write a model that ships as a run."""
+    given = (options.name, options.shipped, options.config)
+    print(runs.adopt_run(options.folder, *given, dataset))
+
+
 def soften(options: Namespace, dataset: Dataset) -> None:
     """Write a teacher between two."""
     given = (options.name, options.tuned, options.base, options.ratio)
@@ -142,14 +148,16 @@ def export(options: Namespace, dataset: Dataset) -> None:
         save_whole(tensors, path, {"fewstep.run": json.dumps(state["config"])})
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
         return
-    for path in _export(options.name, options.models, options, dataset):
+    for path in _export(options.name, options.models, options, dataset, options.file):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
-def _export(name: str, models: Path, options: Namespace, dataset: Dataset) -> list[Path]:
+def _export(
+    name: str, models: Path, options: Namespace, dataset: Dataset, file: str | None = None
+) -> list[Path]:
     model = runs.load_model(options.folder, name, dataset)
     preset = runs.preset_of(name, runs.checkpoint(options.folder, name)["config"])
-    return dataset.export(model, preset, models, options.recipe)
+    return dataset.export(model, preset, models, options.recipe, file)
 
 
 def time(options: Namespace, dataset: Dataset) -> None:

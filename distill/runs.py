@@ -62,6 +62,9 @@ class Dataset(Protocol):
     def sheet(self, model: FlowModel, sigmas: Tensor, cfg: float) -> np.ndarray:
         """Pictures of a few prompts, always the same, side by side: (h, w, 3) uint8."""
 
+    def shipped(self, name: str, config: ModelConfig) -> FlowModel:
+        """The flow model of that name among the GGUF files that ship. Raises: FileNotFoundError."""
+
     def evaluate(
         self, model: FlowModel, sigmas: Tensor, cfg: float, captions: int, encoders: str
     ) -> dict[str, float]:
@@ -70,8 +73,11 @@ class Dataset(Protocol):
     def quantised(self, model: FlowModel, recipe: str) -> FlowModel:
         """The model as a file of one of quant's recipes holds it."""
 
-    def export(self, model: FlowModel, preset: Preset, folder: Path, recipe: str) -> list[Path]:
-        """Write the model's GGUF files below `folder`; their paths."""
+    def export(
+        self, model: FlowModel, preset: Preset, folder: Path, recipe: str, file: str | None
+    ) -> list[Path]:
+        """Write the model's GGUF files below `folder`; their paths. `file` is the model's own
+        name, None for that of the model that ships."""
 
     def through_host(self, folders: Sequence[Path], turns: int) -> list[list[float]]:
         """Seconds a picture by each folder's files, loaded and drawn by ComfyUI, in turns."""
@@ -213,6 +219,19 @@ def merge_runs(folder: Path, run: Run, ratio: float) -> Path:
     path = folder / f"{run.name}.pt"
     save_atomically({"task": {"weights": merge(low, high, ratio)}, "config": config}, path)
     return path
+
+
+def adopt_run(folder: Path, name: str, shipped: str, sizes_of: str, dataset: Dataset) -> Path:
+    """Write a flow model that ships as a teacher's run NAME, so that no one need train it again.
+
+    `sizes_of`: a teacher's configuration, whose sizes the model has. It is as exact as its file.
+    """
+    config = read_run(sizes_of).described() | {"start": None, "shipped": shipped}
+    sizes = {field.name: config[field.name] for field in fields(ModelConfig)}
+    model = dataset.shipped(shipped, ModelConfig(**sizes))
+    state = {"task": {"ema": model.state_dict()}, "config": config, "done": {}}
+    save_atomically(state, folder / f"{name}.pt")
+    return folder / f"{name}.pt"
 
 
 def soften_run(folder: Path, name: str, tuned: str, base: str, ratio: float) -> Path:

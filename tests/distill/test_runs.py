@@ -9,6 +9,7 @@ import pytest
 import torch
 from fewstep.distill import commands, runs
 from fewstep.distill.loop import load_checkpoint
+from fewstep.distill.model import FlowModel
 from fewstep.flow import preset_from_metadata, preset_to_metadata, uniform
 from fewstep.quant import GGUFFile, write_gguf
 from fewstep.tests.distill import toys
@@ -46,7 +47,11 @@ class Toy:
         assert all((folder / "drawn.gguf").exists() for folder in folders)
         return [[2.0 + number, 9.0, 1.0] for number in range(len(folders))]
 
-    def export(self, model, preset, folder, recipe):
+    def shipped(self, name, config):
+        torch.manual_seed(len(name))
+        return FlowModel(config, self.vocabulary)
+
+    def export(self, model, preset, folder, recipe, file):
         folder.mkdir()
         (folder / "drawn.gguf").touch()
         path = folder / f"{preset.name.removeprefix('fewstep-')}.gguf"
@@ -82,6 +87,19 @@ def test_aligns_before_the_teacher(folder):
     given.set = ["start=align"]
     commands.train(given, Toy())
     assert load_checkpoint(folder / "teacher.pt")["config"]["start"] == "align"
+
+
+def test_a_model_that_ships_is_started_from(folder):
+    given = Namespace(folder=folder, name="ready", shipped="toy", config=folder / "teacher.json")
+    commands.adopt(given, Toy())
+    adopted = runs.load_model(folder, "ready", Toy())
+    assert torch.equal(
+        adopted.t5.shared.weight, Toy().shipped("toy", adopted.config).t5.shared.weight
+    )
+    given = options(folder, "first", "trajectory")
+    given.set = ["teacher=ready"]
+    commands.train(given, Toy())
+    assert load_checkpoint(folder / "first.pt")["config"]["teacher"] == "ready"
 
 
 def run_all(folder):
@@ -157,7 +175,7 @@ def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():
 
 def test_a_runs_files_say_how_it_is_sampled(folder, capsys):
     run_all(folder)
-    given = {"name": "second", "models": folder / "models", "recipe": "flash-8"}
+    given = {"name": "second", "models": folder / "models", "recipe": "flash-8", "file": None}
     commands.export(Namespace(folder=folder, **given), Toy())
     file = GGUFFile(str(folder / "models" / "second.gguf"))
     preset = preset_from_metadata(file.metadata)
