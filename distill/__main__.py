@@ -56,10 +56,13 @@ def parse_arguments() -> argparse.Namespace:
     merge.add_argument("--name", help="of the run; default the configuration's")
     merge.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
-    adopt = commands.add_parser("adopt", help="a model that ships, as a run to start from")
+    adopt = commands.add_parser("adopt", help="a model that ships, as a run to start from or score")
     adopt.add_argument("name", help="of the run to write")
-    adopt.add_argument("--shipped", default="fewstep-demo-teacher", help="its file's name")
-    adopt.add_argument("--config", default="teacher", help="a teacher's, of the model's sizes")
+    adopt.add_argument("--shipped", default="fewstep-demo", help="file; default fewstep-demo")
+    adopt.add_argument("--config", default="teacher", help="of its sizes; default teacher")
+    adopt.add_argument(
+        "--set", nargs="+", default=["t5_pieces=0"], metavar="KEY=VALUE", help="default without T5"
+    )
     soften = commands.add_parser("soften", help="a teacher between a tuned one and what it was")
     soften.add_argument("name", help="of the run to write")
     soften.add_argument("--tuned", default="tuned", help="run; default tuned")

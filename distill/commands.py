@@ -90,8 +90,7 @@ def merge(options: Namespace, dataset: Dataset) -> None:
 
 def adopt(options: Namespace, dataset: Dataset) -> None:
     """Write a model that ships as a run."""
-    given = (options.name, options.shipped, options.config)
-    print(runs.adopt_run(options.folder, *given, dataset))
+    print(runs.adopt_run(options.folder, read(options), options.shipped, dataset))
 
 
 def soften(options: Namespace, dataset: Dataset) -> None:

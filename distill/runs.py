@@ -221,17 +221,18 @@ def merge_runs(folder: Path, run: Run, ratio: float) -> Path:
     return path
 
 
-def adopt_run(folder: Path, name: str, shipped: str, sizes_of: str, dataset: Dataset) -> Path:
-    """Write a flow model that ships as a teacher's run NAME, so that no one need train it again.
+def adopt_run(folder: Path, run: Run, shipped: str, dataset: Dataset) -> Path:
+    """Write a flow model that ships as a teacher's run, so that no one need train it again.
 
-    `sizes_of`: a teacher's configuration, whose sizes the model has. It is as exact as its file.
+    Its sizes are those that `run` would have. It is as exact as its file.
     """
-    config = read_run(sizes_of).described() | {"start": None, "shipped": shipped}
+    config = run.described() | {"start": None, "shipped": shipped}
     sizes = {field.name: config[field.name] for field in fields(ModelConfig)}
     model = dataset.shipped(shipped, ModelConfig(**sizes))
     state = {"task": {"ema": model.state_dict()}, "config": config, "done": {}}
-    save_atomically(state, folder / f"{name}.pt")
-    return folder / f"{name}.pt"
+    path = folder / f"{run.name}.pt"
+    save_atomically(state, path)
+    return path
 
 
 def soften_run(folder: Path, name: str, tuned: str, base: str, ratio: float) -> Path:

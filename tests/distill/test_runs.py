@@ -90,7 +90,8 @@ def test_aligns_before_the_teacher(folder):
 
 
 def test_a_model_that_ships_is_started_from(folder):
-    given = Namespace(folder=folder, name="ready", shipped="toy", config=folder / "teacher.json")
+    given = options(folder, "teacher", "adopt", shipped="toy")
+    given.name = "ready"
     commands.adopt(given, Toy())
     adopted = runs.load_model(folder, "ready", Toy())
     assert torch.equal(

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from fewstep.demo.captions import KINDS, draw_captions
+from fewstep.demo.export import FILES
 from fewstep.demo.scenes import draw as scene
 from fewstep.demo.score import score
+from fewstep.demo.shipped import MODELS
 from fewstep.host import folders, loading, sampling, text
 
 STEPS = 8
@@ -16,12 +18,12 @@ MEGABYTES = 25
 
 @pytest.fixture(scope="module")
 def model():
-    return loading.load_diffusion_model(shipped("diffusion_models"))
+    return loading.load_diffusion_model(shipped("mmdit"))
 
 
 @pytest.fixture(scope="module")
 def clip():
-    return loading.load_text_encoders([shipped("text_encoders")])
+    return loading.load_text_encoders([shipped("text")])
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +31,9 @@ def vae():
     return loading.load_vae(shipped("vae"))
 
 
-def shipped(key):
-    (name,) = [n for n in folders.model_names(key) if n.startswith("fewstep-demo")]
+def shipped(part):
+    key, _, name = FILES[part].partition("/")
+    assert name in folders.model_names(key)
     return folders.model_path(key, name)
 
 
@@ -47,8 +50,9 @@ def draw(model, clip, vae, prompt, seed, steps=STEPS):
 
 
 def test_files_are_small_and_complete(model, clip, vae):
-    keys = ("diffusion_models", "text_encoders", "vae")
-    assert sum(os.path.getsize(shipped(key)) for key in keys) < MEGABYTES * 2**20
+    files = [path for path in MODELS.rglob("*.*") if path.is_file()]
+    assert sum(os.path.getsize(path) for path in files) < MEGABYTES * 10**6
+    assert {shipped(part) for part in ("mmdit", "text", "vae")} <= set(map(str, files))
     assert type(model.model).__name__ == "SD3"
     preset = model.get_attachment(loading.PRESET)
     assert preset.cfg == 1 and preset.rule == "euler" and preset.steps <= 8

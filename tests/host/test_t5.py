@@ -47,8 +47,8 @@ def test_the_host_conditions_as_the_trained_model(exported, clip):
     context, pooled = clip.encode_from_tokens(clip.tokenize(PROMPT), return_pooled=True)
     mine, mine_pooled = model.encode(tokenize([PROMPT], 2))
     assert context.shape == (1, 154, 4096)
-    # 6-bit matrices: T5's tokens have unit deviation, of which they take about a fortieth.
-    assert (context - mine).square().mean().sqrt() < 0.03
+    # 4-bit matrices: T5's tokens have unit deviation, of which they take about a tenth.
+    assert (context - mine).square().mean().sqrt() < 0.12
     assert torch.allclose(pooled[:, :32], mine_pooled, atol=0.05)
 
 
@@ -58,8 +58,9 @@ def test_what_ships_is_read_back(exported):
     weights = {name: value for name, value in model.state_dict().items() if value.numel()}
     for name, value in weights.items():
         told = back.state_dict()[name].float()
-        # Q8_0 keeps a weight within 1/254 of its block's largest, Q6_K within 1/62.
-        assert (told - value).abs().max() <= value.float().abs().max() / 60, name
+        # Q8_0 keeps a weight within 1/254 of its block's largest; Q4_K within half of a fifteenth
+        # of the way from its block's least to its largest, and its scales are 6-bit.
+        assert (told - value).abs().max() <= value.float().abs().max() / 12, name
 
 
 def test_a_new_t5s_heads_look_at_neighbours():
