@@ -42,8 +42,8 @@ def load_shipped(
     model.mmdit.load_state_dict(read_weights((folder / FILES["mmdit"]).with_stem(name)))
     if model.config.t5_pieces:
         read = read_weights(folder / FILES["t5"])
-        theirs = {names.text_encoder_name(name, "t5encoder"): read[name] for name in read}
-        model.t5.load_state_dict(theirs)
+        renamed = {names.text_encoder_name(theirs, "t5encoder"): w for theirs, w in read.items()}
+        model.t5.load_state_dict(renamed)
     vae = modules.build_taesd()
     vae.load_state_dict(read_weights(folder / FILES["vae"]))
     return model.eval().requires_grad_(False), vae.eval().requires_grad_(False)

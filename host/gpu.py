@@ -4,7 +4,6 @@ Text encoders and small pictures bring few tokens: there unpacking a weight take
 multiplying it. `quant/fused.py` does both in one kernel, where it has timed that to be faster.
 """
 
-import comfy.ops
 import torch
 
 from ..quant import multiply_fused, prefers_fused
@@ -24,13 +23,7 @@ def multiply_on_gpu(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     flat = input.reshape(-1, input.shape[-1])
     if not prefers_fused(blocks, qtype, flat):
         return None
-    weight, bias, stream = comfy.ops.cast_bias_weight(
-        module,
-        dtype=module.weight.dtype,
-        device=input.device,
-        bias_dtype=input.dtype,
-        offloadable=True,
-    )
+    weight, bias, stream = module.cast_packed(input)
     output = multiply_fused(weight._qdata, qtype, flat, bias)
     module.uncast(weight, bias, stream)
     if output is None:

@@ -272,16 +272,22 @@ def gguf_ops(
                 return output.to(input.dtype)
 
             def multiply_turned(self, input, branch):
-                weight, bias, stream = comfy.ops.cast_bias_weight(
+                weight, bias, stream = self.cast_packed(input)
+                output = runtime.multiply(input, weight, bias)
+                self.uncast(weight, bias, stream)
+                return output if branch is None else branch.add(output, input)
+
+            def cast_packed(self, input):
+                """(weight, bias, stream) where the input is, the weight as packed as it is; to be
+                given back by `uncast`.
+                """
+                return comfy.ops.cast_bias_weight(
                     self,
                     dtype=self.weight.dtype,
                     device=input.device,
                     bias_dtype=input.dtype,
                     offloadable=True,
                 )
-                output = runtime.multiply(input, weight, bias)
-                self.uncast(weight, bias, stream)
-                return output if branch is None else branch.add(output, input)
 
         class Conv1d(Conv, host.Conv1d): ...
 

@@ -14,6 +14,7 @@ from fewstep.tests.host.test_compiled import compiled, forgotten, graphs  # noqa
 from fewstep.tests.host.test_cpu import layer
 from fewstep.tests.host.test_loading import sample
 from fewstep.tests.host.test_lora import load, lokr, low_rank
+from fewstep.tests.quant.test_fused import found
 from gguf import GGMLQuantizationType as T
 
 # A side branch is added to the product after its bias, in another order than to the weight.
@@ -44,11 +45,7 @@ class Kernels:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    kernels = Kernels()
-    monkeypatch.setattr(fused, "_found", lambda device: kernels)
-    monkeypatch.setattr(fused, "_faster", {})
-    monkeypatch.setattr(fused, "_failed", set())
-    return kernels
+    return found(Kernels(), monkeypatch)
 
 
 def product(linear, x):

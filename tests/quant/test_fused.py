@@ -34,13 +34,17 @@ class Kernels:
         return self.fused if self.calls > before else self.plain
 
 
-@pytest.fixture
-def kernels(monkeypatch):
-    kernels = Kernels()
+def found(kernels, monkeypatch):
+    """`kernels`, where a device's are looked for, with nothing timed yet and nothing failed."""
     monkeypatch.setattr(fused, "_found", lambda device: kernels)
     monkeypatch.setattr(fused, "_faster", {})
     monkeypatch.setattr(fused, "_failed", set())
     return kernels
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    return found(Kernels(), monkeypatch)
 
 
 def blocks(qtype=T.Q4_K, rows=ROWS, columns=COLUMNS):
