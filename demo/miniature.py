@@ -45,6 +45,9 @@ class Miniature:
     def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
         return recipe.training_batch(self.code, size, index, encoders)
 
+    def mended(self, latents: Tensor, index: int) -> Tensor:
+        return recipe.mend_batch(self.code, latents, index)
+
     def styled(self, style: str, size: int, encoders: int, index: int) -> tuple[Tensor, Mend]:
         if style not in STYLES:
             raise ValueError(f"style is {style!r}, expected one of {', '.join(STYLES)}")

@@ -22,7 +22,7 @@ from ..distill.model import FlowModel
 from ..distill.reflow import Mend, ReflowTask
 from ..distill.teacher import TeacherConfig, TeacherTask
 from ..host import modules
-from .captions import VOCABULARY, draw_captions, spoken
+from .captions import VOCABULARY, Caption, draw_captions, spoken
 from .evaluate import LATENT
 from .export import PRESET
 from .latents import LatentCode, fit_latent_code
@@ -55,10 +55,25 @@ def training_batch(
     code: LatentCode, batch: int, index: int, encoders: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Batch number `index`: latents (batch, 16, 16, 16) and prompts (batch, encoders, 77)."""
-    rng = np.random.default_rng((8, index))
-    captions = draw_captions(rng, batch, MIXTURE)
+    captions, rng = _training_captions(batch, index)
     tokens = tokenize([spoken(caption, rng) for caption in captions], encoders)
     return code.encode(draw(captions, rng)), tokens
+
+
+def _training_captions(batch: int, index: int) -> tuple[list[Caption], np.random.Generator]:
+    rng = np.random.default_rng((8, index))
+    return draw_captions(rng, batch, MIXTURE), rng
+
+
+def mend_batch(code: LatentCode, latents: Tensor, index: int) -> Tensor:
+    """Latents of the right pictures nearest to those made of a `training_batch`'s prompts."""
+    captions, _ = _training_captions(len(latents), index)
+    return _mended(code, captions, render, latents)
+
+
+def _mended(code: LatentCode, captions: list[Caption], draw_as, latents: Tensor) -> Tensor:
+    pictures = zip(code.decode(latents).numpy(), captions, strict=True)
+    return code.encode(draw_as(captions, [nearest_places(*pair) for pair in pictures]))
 
 
 def reflow_batch(
@@ -69,12 +84,7 @@ def reflow_batch(
     rng = np.random.default_rng((9 + seed, index))
     captions = draw_captions(rng, batch, MIXTURE)
     tokens = tokenize([spoken(caption, rng) for caption in captions], encoders)
-
-    def mend(latents: Tensor) -> Tensor:
-        pictures = zip(code.decode(latents).numpy(), captions, strict=True)
-        return code.encode(draw_as(captions, [nearest_places(*pair) for pair in pictures]))
-
-    return tokens, mend
+    return tokens, partial(_mended, code, captions, draw_as)
 
 
 def latent_code(folder: Path) -> LatentCode:

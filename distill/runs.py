@@ -56,6 +56,10 @@ class Dataset(Protocol):
     def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
         """Batch number `index`: latents (size, 16, h, w) and prompts (size, encoders, 77)."""
 
+    def mended(self, latents: Tensor, index: int) -> Tensor:
+        """Latents of the right pictures nearest to `latents` (size, 16, h, w), made of the prompts
+        of batch `index`."""
+
     def styled(self, style: str, size: int, encoders: int, index: int) -> tuple[Tensor, Mend]:
         """Prompts of batch `index`, and what gives latents of theirs a look. Raises: ValueError."""
 
@@ -151,14 +155,24 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
         shape = dataset.batch(1, encoders, 0)[0].shape[1:]
         styled = partial(dataset.styled, settings.style, settings.batch, encoders)
         return StyleTask(settings, backbone, styled, start, shape=shape)
-    return TrajectoryTask(*given, folder=folder / f"{settings.states or run.name}-states")
+
+    def mend(number: int, latents: Tensor) -> Tensor:
+        return dataset.mended(latents, _number(settings, number))
+
+    states = folder / f"{settings.states or run.name}-states"
+    return TrajectoryTask(*given, folder=states, mend=mend)
+
+
+def _number(settings, index: int) -> int:
+    """The data set's number of a run's batch `index`."""
+    return 1_000_000 * settings.seed + index
 
 
 def _data(dataset: Dataset, settings, encoders: int):
     """Batches by number; each seed sees others. Raises: ValueError for an empty or wordless one."""
 
     def data(index: int) -> tuple[Tensor, Tensor]:
-        latents, tokens = dataset.batch(settings.batch, encoders, 1_000_000 * settings.seed + index)
+        latents, tokens = dataset.batch(settings.batch, encoders, _number(settings, index))
         if len(latents) == 0 or len(latents) != len(tokens):
             raise ValueError(
                 f"batch {index} holds {len(latents)} latents and {len(tokens)} prompts: give the "

@@ -7,10 +7,18 @@ s_0 = 1 > … > s_n = 0. From each x_i on it the student learns the straight way
 
 Trajectories are made when first needed and kept on disk: they cost more than the learning does.
 Those of four steps serve two as well.
+
+Two settings, ours, change the way from noise to picture before it is learned. With `mend`, where
+the true pictures are known by formula, it ends at the nearest right one, and each state moves
+towards it by its share of picture: x_i + (1 − s_i)·(right − x_n). So the student does not learn the
+teacher's faults. With `chords`, a few of the noise levels, it is straight from one of those to the
+next, so that one student draws in as many steps as there are levels and in as many as there are
+chords.
 Source: SD3.5-Flash, arXiv 2509.21318 (regression onto the teacher's multi-step integrals; how many
 of its steps make one, and that states are the teacher's own, are our choices).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..flow import check_sigmas
 from .loop import check_config, load_checkpoint, save_atomically
 from .student import Sample, StudentConfig, StudentTask, per_sample
 
@@ -31,6 +40,8 @@ DECISIVE = (
     "omit_t5",
     "drop_t5",
     "drop_clip",
+    "mend",
+    "chords",
 )
 
 
@@ -41,16 +52,41 @@ class TrajectoryConfig(StudentConfig):
     teacher_steps: int = 16  # along the whole trajectory, as many to each step of the student
     batches: int = 96  # of trajectories; then they are seen again, each time at another x_i
     states: str | None = None  # run whose trajectories are used, if they pass all `sigmas`
+    mend: bool = False  # end at the nearest right picture; only where the data set knows it
+    chords: tuple[float, ...] = ()  # levels between which the way is straight; none: the teacher's
+
+    def __post_init__(self):
+        """Raises: ValueError for chords that do not go from 1 to 0 along the student's levels."""
+        super().__post_init__()
+        if self.chords:
+            row = check_sigmas(self.chords).tolist()
+            if row[0] != 1 or row[-1] != 0 or not set(self.chords) <= set(self.sigmas):
+                raise ValueError(
+                    f"chords are {self.chords}: expected levels from 1 to 0 out of {self.sigmas}"
+                )
 
 
 class TrajectoryTask(StudentTask):
-    """Stage 1 as a task for `distill.loop.train`; trajectories are kept in `folder`."""
+    """Stage 1 as a task for `distill.loop.train`; trajectories are kept in `folder`.
+
+    `mend(number, latents)` gives the latents of the right pictures nearest to those that the
+    teacher made of the prompts of batch `number`.
+    """
 
     name = "trajectory"
 
-    def __init__(self, config: TrajectoryConfig, *args, folder: Path, **kwargs):
+    def __init__(
+        self,
+        config: TrajectoryConfig,
+        *args,
+        folder: Path,
+        mend: Callable[[int, Tensor], Tensor] | None = None,
+        **kwargs,
+    ):
         super().__init__(config, *args, **kwargs)
-        self.folder = folder
+        if config.mend and mend is None:
+            raise ValueError("mend is on, but nothing here knows what a right picture is")
+        self.folder, self.mend = folder, mend
         each = max(1, round(config.teacher_steps / (len(self.sigmas) - 1)))
         self.fine = [torch.linspace(a, b, 1 + each) for a, b in pairwise(self.sigmas.tolist())]
 
@@ -96,6 +132,21 @@ class TrajectoryTask(StudentTask):
             for sigma, following in pairwise(fine):
                 x = x + (following - sigma) * self._guided(x, sigma, sample)
             states.append(x)
-        states = torch.stack(states).half()
+        states = self._changed(torch.stack(states), number).half()
         save_atomically({"states": states.cpu(), "made": made}, path)
         return states.float()
+
+    def _changed(self, states: Tensor, number: int) -> Tensor:
+        """The way that is learned instead of the teacher's own; see the file's head."""
+        sigmas = self.config.sigmas
+        if self.config.mend:
+            towards = self.mend(number, states[-1].cpu()).to(states) - states[-1]
+            states = torch.stack(
+                [x + (1 - s) * towards for x, s in zip(states, sigmas, strict=True)]
+            )
+        for upper, lower in pairwise(self.config.chords):
+            first, last = sigmas.index(upper), sigmas.index(lower)
+            for i in range(first + 1, last):
+                share = (upper - sigmas[i]) / (upper - lower)
+                states[i] = torch.lerp(states[first], states[last], share)
+        return states

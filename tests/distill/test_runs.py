@@ -29,6 +29,9 @@ class Toy:
         latents, tokens = toys.data(index, size)
         return latents, tokens[:, :encoders]
 
+    def mended(self, latents, index):
+        return latents + index
+
     def styled(self, style, size, encoders, index):
         return self.batch(size, encoders, index)[1], lambda latents: latents - 1
 

@@ -50,6 +50,6 @@ def match(start=None, **changes):
     return MatchTask(replace(MATCH, **changes), Copies(teacher()), data, start)
 
 
-def trajectory(folder, **changes):
+def trajectory(folder, knowing=None, **changes):
     config = replace(TRAJECTORY, **changes)
-    return TrajectoryTask(config, Copies(teacher()), data, folder=folder)
+    return TrajectoryTask(config, Copies(teacher()), data, folder=folder, mend=knowing)
