@@ -18,7 +18,7 @@ Source: SD3.5-Flash, arXiv 2509.21318 (regression onto the teacher's multi-step 
 of its steps make one, and that states are the teacher's own, are our choices).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -40,8 +40,6 @@ DECISIVE = (
     "omit_t5",
     "drop_t5",
     "drop_clip",
-    "mend",
-    "chords",
 )
 
 
@@ -113,40 +111,45 @@ class TrajectoryTask(StudentTask):
         return nn.functional.mse_loss(made, (following - x) / length)
 
     def _trajectory(self, number: int, sample: Sample) -> Tensor:
-        """The teacher's states (n + 1, batch, channels, …) at the student's noise levels."""
+        """The states (n + 1, batch, channels, …) at the student's noise levels that it learns from:
+        the teacher's, changed as the configuration has it."""
         share = f"-{self.processes.number}" if self.processes.count > 1 else ""
         path = self.folder / f"{number:05d}{share}.pt"
         made = {key: getattr(self.config, key) for key in DECISIVE}
         if self.processes.count > 1:
             made["processes"] = self.processes.count
-        if path.exists():
-            kept = load_checkpoint(path)
-            passed, needed = kept["made"]["sigmas"], made["sigmas"]
-            if set(needed) <= set(passed):
-                made["sigmas"] = passed
-            check_config(path, kept["made"], made)
-            rows = [passed.index(sigma) for sigma in needed]
-            return kept["states"][rows].to(self.device).float()
+        kept = load_checkpoint(path) if path.exists() else None
+        if kept is None:
+            kept = {"states": self._walk_of_teacher(sample).half().cpu(), "made": made}
+            save_atomically(kept, path)
+        passed, needed = kept["made"]["sigmas"], made["sigmas"]
+        if set(needed) <= set(passed):
+            made["sigmas"] = passed
+        check_config(path, kept["made"], made)
+        if self.config.mend and "right" not in kept:
+            kept["right"] = self.mend(number, kept["states"][-1].float()).half()
+            save_atomically(kept, path)
+        states = kept["states"][[passed.index(sigma) for sigma in needed]].float()
+        if self.config.mend:
+            towards = kept["right"].float() - states[-1]
+            states += (1 - per_sample(torch.tensor(needed), states)) * towards
+        return _straightened(states, needed, self.config.chords).to(self.device)
+
+    def _walk_of_teacher(self, sample: Sample) -> Tensor:
+        """The teacher's own states (n + 1, batch, channels, …)."""
         x, states = sample.noise, [sample.noise]
         for fine in self.fine:
             for sigma, following in pairwise(fine):
                 x = x + (following - sigma) * self._guided(x, sigma, sample)
             states.append(x)
-        states = self._changed(torch.stack(states), number).half()
-        save_atomically({"states": states.cpu(), "made": made}, path)
-        return states.float()
+        return torch.stack(states)
 
-    def _changed(self, states: Tensor, number: int) -> Tensor:
-        """The way that is learned instead of the teacher's own; see the file's head."""
-        sigmas = self.config.sigmas
-        if self.config.mend:
-            towards = self.mend(number, states[-1].cpu()).to(states) - states[-1]
-            states = torch.stack(
-                [x + (1 - s) * towards for x, s in zip(states, sigmas, strict=True)]
-            )
-        for upper, lower in pairwise(self.config.chords):
-            first, last = sigmas.index(upper), sigmas.index(lower)
-            for i in range(first + 1, last):
-                share = (upper - sigmas[i]) / (upper - lower)
-                states[i] = torch.lerp(states[first], states[last], share)
-        return states
+
+def _straightened(states: Tensor, sigmas: Sequence[float], chords: Sequence[float]) -> Tensor:
+    """States (n + 1, …) at `sigmas`, those inside a chord moved onto it."""
+    for upper, lower in pairwise(chords):
+        first, last = sigmas.index(upper), sigmas.index(lower)
+        for i in range(first + 1, last):
+            share = (upper - sigmas[i]) / (upper - lower)
+            states[i] = torch.lerp(states[first], states[last], share)
+    return states

@@ -94,13 +94,14 @@ def test_a_way_is_mended_in_proportion(tmp_path):
     plain = toys.trajectory(tmp_path / "plain")
     sample = plain._sample(2, torch.Generator())
     made = plain._trajectory(2, sample)
-    task = toys.trajectory(tmp_path / "mended", lambda number, latents: number - latents, mend=True)
+    task = toys.trajectory(tmp_path / "plain", lambda number, latents: number - latents, mend=True)
     mended = task._trajectory(2, sample)
+    forgotten = toys.trajectory(tmp_path / "plain", lambda *_: 1 / 0, mend=True)
+    assert torch.equal(forgotten._trajectory(2, sample), mended)  # kept beside the teacher's end
+    assert torch.equal(plain._trajectory(2, sample), made)
     assert torch.equal(mended[0], made[0])  # the noise itself
     assert torch.allclose(mended[-1], 2 - made[-1], atol=2e-3)
     assert torch.allclose(mended[2], made[2] + 0.25 * (2 - 2 * made[-1]), atol=4e-3)  # sigma 0.75
-    with pytest.raises(ValueError, match=r"00002\.pt .*mend False \(now True\)"):
-        toys.trajectory(tmp_path / "plain", lambda n, x: x, mend=True)._trajectory(2, sample)
     with pytest.raises(ValueError, match="nothing here knows what a right picture is"):
         toys.trajectory(tmp_path, mend=True)
 
@@ -109,7 +110,7 @@ def test_a_way_is_straight_along_its_chords(tmp_path):
     plain = toys.trajectory(tmp_path / "plain")
     sample = plain._sample(0, torch.Generator())
     made = plain._trajectory(0, sample)
-    straight = toys.trajectory(tmp_path, chords=(1.0, 0.75, 0.0))._trajectory(0, sample)
+    straight = toys.trajectory(tmp_path / "plain", chords=(1.0, 0.75, 0.0))._trajectory(0, sample)
     assert torch.equal(straight[[0, 2, 4]], made[[0, 2, 4]])  # sigmas 1, 0.75, 0 of five
     assert torch.allclose(straight[1], torch.lerp(made[0], made[2], 0.4), atol=2e-3)  # 0.9
     assert torch.allclose(straight[3], torch.lerp(made[2], made[4], 1 / 3), atol=2e-3)  # 0.5
