@@ -155,7 +155,9 @@ def _export(
     name: str, models: Path, options: Namespace, dataset: Dataset, file: str | None = None
 ) -> list[Path]:
     model = runs.load_model(options.folder, name, dataset)
-    preset = runs.preset_of(name, runs.checkpoint(options.folder, name)["config"])
+    config = runs.checkpoint(options.folder, name)["config"]
+    chords = runs.chords_of(options.folder, config)
+    preset = runs.preset_of(file or f"fewstep-{name}", config, chords)
     return dataset.export(model, preset, models, options.recipe, file)
 
 

@@ -270,20 +270,41 @@ def schedule(config: dict[str, Any], steps: int | None = None) -> tuple[Tensor, 
     return (own if steps in (None, len(own) - 1) else uniform(steps, SHIFT)), 1.0
 
 
-def preset_of(name: str, config: dict[str, Any]) -> Preset:
-    """How a run's model is sampled, for its file's `fewstep.*` metadata."""
+def preset_of(name: str, config: dict[str, Any], chords: Sequence[float] = ()) -> Preset:
+    """How a run's model is sampled, for its file's `fewstep.*` metadata; `chords` as `chords_of`
+    gives them.
+    """
     sigmas, cfg = schedule(config)
+    rows = [tuple(sigmas.tolist())]
+    if config["stage"] not in TEACHERS:
+        rows[:0] = _fewer(rows[0], chords)
     return Preset(
-        name=f"fewstep-{name}",
-        label=f"FewStep {name}",
+        name=name,
+        label=name.replace("-", " ").replace("fewstep", "FewStep"),
         steps=len(sigmas) - 1,
-        rows=(tuple(sigmas.tolist()),),
+        rows=tuple(rows),
         formula="uniform",  # for other numbers of steps
         shift=SHIFT,
         cfg=cfg,
         sure="H",
         source="this repository: python -m distill",
     )
+
+
+def chords_of(folder: Path, config: dict[str, Any]) -> tuple[float, ...]:
+    """The levels between which a student's way was made straight in stage 1; none if it was not."""
+    while config.get("start") and config["stage"] not in (*TEACHERS, "trajectory"):
+        config = checkpoint(folder, config["start"])["config"]
+    return config.get("chords", ())
+
+
+def _fewer(levels: Sequence[float], chords: Sequence[float]) -> list[tuple[float, ...]]:
+    """Uniform schedules of fewer steps, two at least, that the same student has learned: out of its
+    levels, none of their steps around a corner between two chords.
+    """
+    corners = set(check_sigmas(chords).tolist()) if chords else set(levels)
+    rows = (tuple(uniform(steps, SHIFT).tolist()) for steps in range(2, len(levels) - 1))
+    return [row for row in rows if corners <= set(row) <= set(levels)]
 
 
 def load_model(folder: Path, name: str, dataset: Dataset) -> FlowModel:

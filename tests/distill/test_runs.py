@@ -189,6 +189,26 @@ def test_a_runs_files_say_how_it_is_sampled(folder, capsys):
     assert "second.gguf: 0.0 MB" in capsys.readouterr().out
 
 
+def test_a_student_on_chords_says_that_it_draws_in_fewer_steps(folder):
+    commands.train(options(folder, "teacher", "teacher"), Toy())
+    for name, chords, trained in (
+        ("straight", [1, 0], [2, 4]),
+        ("bent", [1, 0.75, 0], [2, 4]),
+        ("elsewhere", [1, 0.5, 0], [4]),
+        ("curved", [], [4]),
+    ):
+        settings = STUDENT | {"batches": 1, "chords": chords, "states": "shared"}
+        write(folder, name, "trajectory", settings, teacher="teacher")
+        commands.train(options(folder, name, "trajectory"), Toy())
+        write(folder, f"{name}-2", "match", MATCH, teacher="teacher", start=name)
+        commands.train(options(folder, f"{name}-2", "match"), Toy())
+        given = {"name": f"{name}-2", "models": folder / name, "recipe": "flash-8"}
+        commands.export(Namespace(folder=folder, **given, file="fewstep-few"), Toy())
+        preset = preset_from_metadata(GGUFFile(str(folder / name / "few.gguf")).metadata)
+        assert [len(row) - 1 for row in preset.rows] == trained, name
+        assert preset.label == "FewStep few" and preset.steps == 4
+
+
 def test_a_teacher_is_softened_towards_what_it_was_tuned_from(folder):
     write(folder, "base", "teacher", SIZES | {"t5_pieces": 0})
     commands.train(options(folder, "base", "teacher"), Toy())
