@@ -15,8 +15,13 @@ from torch import Tensor
 _layers = WeakValueDictionary()
 _numbers = count()
 
+# Not for CUDA graphs, which would read a weight where it was when they were made, though the host
+# has moved it or a LoRA's strength has changed since. Older torch has no such tag.
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS = {} if _UNSAFE is None else {"tags": (_UNSAFE,)}
 
-@torch.library.custom_op("fewstep::linear", mutates_args=())
+
+@torch.library.custom_op("fewstep::linear", mutates_args=(), **_TAGS)
 def _linear(input: Tensor, number: Tensor, rows: int) -> Tensor:
     """input (…, columns) through the layer of that number -> (…, rows), contiguous."""
     return _layers[number.item()].forward(input).contiguous()

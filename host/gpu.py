@@ -24,8 +24,10 @@ def multiply_on_gpu(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     if not prefers_fused(blocks, qtype, flat):
         return None
     weight, bias, stream = module.cast_packed(input)
-    output = multiply_fused(weight._qdata, qtype, flat, bias)
-    module.uncast(weight, bias, stream)
+    try:
+        output = multiply_fused(weight._qdata, qtype, flat, bias)
+    finally:
+        module.uncast(weight, bias, stream)
     if output is None:
         return None
     output = output if branch is None else branch.add(output, flat)

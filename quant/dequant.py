@@ -8,7 +8,6 @@ Where numba is installed, its kernels do the work on the CPU, where triton is, i
 same numbers, much faster.
 """
 
-import logging
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -19,13 +18,14 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from .errors import GGUFError
-from .kernels import find_kernels
+from .kernels import Fallback, find_kernels
 from .types import PLAIN_TYPES, QTYPES, find_type
-
-log = logging.getLogger(__name__)
 
 _CPU_TILE = 2**19  # weights: 2 MiB of float32; best of 2**14 … 2**24 for K-quants on one core
 _DEVICE_TILE = 2**24  # weights: 64 MiB of float32
+
+_LEAST, _BFLOAT16 = (7, 0), (8, 0)  # compute capability that kernels take, and those to bfloat16
+_fallback = Fallback("dequantising")
 
 
 def dequantize(
@@ -155,38 +155,25 @@ def _unpack(blocks: Tensor, qtype: GGMLQuantizationType, out: Tensor) -> None:
     if torch.compiler.is_compiling():
         flat.copy_(row.dequantize_blocks(blocks))
         return
-    kernels = _kernels(blocks.device.type) if blocks.device == out.device else None
+    kernels = _kernels(out.device.type) if blocks.device == out.device else None
     if kernels and qtype in kernels.COMPILED and out.dtype in kernels.DTYPES:
-        try:
-            kernels.unpack(blocks, qtype, flat)
-            return
-        except kernels.FAILURES as error:
-            _give_up(blocks.device.type, error)
+        kind = (qtype, out.dtype, out.device)
+        if _fallback.allows(kind, _BFLOAT16 if out.dtype == torch.bfloat16 else _LEAST):
+            try:
+                kernels.unpack(blocks, qtype, flat)
+                return
+            except kernels.FAILURES as error:
+                _fallback.after(error, kind, kernels.OF_A_KIND)
     step = (_CPU_TILE if blocks.is_cpu else _DEVICE_TILE) // row.block_size
     for start in range(0, len(blocks), step):
         flat[start : start + step] = row.dequantize_blocks(blocks[start : start + step])
 
 
-_failed: set[str] = set()  # kinds of device whose kernels cannot be built
-
-
-def _kernels(device: str) -> ModuleType | None:
-    """The compiled kernels for a kind of device, if there are any that work."""
-    return None if device in _failed else _found(device)
-
-
 @cache
-def _found(device: str) -> ModuleType | None:
+def _kernels(device: str) -> ModuleType | None:
+    """The compiled kernels for a kind of device, if there are any."""
     name = {"cpu": "numba", "cuda": "triton", "xpu": "triton"}.get(device)
     return find_kernels(f"{name}_dequant", f"dequantising on {device}") if name else None
-
-
-def _give_up(device: str, error: Exception) -> None:
-    """Take the torch formulation from now on, and say once why; no memory is another matter."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    _failed.add(device)
-    log.warning("dequantising on %s by plain torch, which is slower: %s", device, error)
 
 
 def _check_sizes(

@@ -3,13 +3,15 @@
 For a few vectors it saves writing the unpacked matrix and reading it again; for many, unpacking
 once and torch's product win. Where one passes into the other depends on the GPU, the block format
 and the matrix, so both are timed, once for each kind of product and process, on blocks of zeros:
-how long they take does not depend on the numbers. Both round the weights to the vectors' type and
+how long they take hardly depends on the numbers. Both round the weights to the vectors' type and
 sum in float32, but in another order, so the last bit of a result may depend on who won; a near tie
 goes to torch, lest it change from run to run.
 """
 
 import logging
+from collections import Counter
 from functools import cache
+from threading import Lock
 from types import ModuleType
 
 import torch
@@ -18,17 +20,21 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .dequant import dequantize
-from .kernels import find_kernels
+from .kernels import AcceleratorError, Fallback, find_kernels
 
 log = logging.getLogger(__name__)
 
 MOST = 1024  # vectors: beyond, no program holds enough of them, and timing would be in vain
 MARGIN = 0.9  # of torch's time that the fused product may take
+TRIES = 3  # at timing a kind, where there was no memory for it
+_LEAST = (8, 0)  # compute capability
 
 Kind = tuple[GGMLQuantizationType, torch.dtype, torch.device, int, int, int]
 
 _faster: dict[Kind, bool] = {}
-_failed: set[str] = set()  # kinds of device whose kernels cannot be built
+_tries: Counter[Kind] = Counter()
+_timing = Lock()  # two products timed at once would time each other
+_fallback = Fallback("multiplying few vectors")
 
 
 def prefers_fused(blocks: Tensor, qtype: GGMLQuantizationType, x: Tensor) -> bool:
@@ -50,11 +56,13 @@ def prefers_fused(blocks: Tensor, qtype: GGMLQuantizationType, x: Tensor) -> boo
     ):
         return False
     kind = kind_of(len(blocks), qtype, x)
-    if kind not in _faster:
-        if _captured(x.device):
-            return False
-        _faster[kind] = _time_both(kernels, tuple(blocks.shape), qtype, x)
-    return _faster[kind]
+    if not _fallback.allows(kind, _LEAST):
+        return False
+    if kind not in _faster and not _captured(x.device):
+        with _timing:
+            if kind not in _faster:
+                _settle(kind, _time_both(kernels, tuple(blocks.shape), qtype, x))
+    return _faster.get(kind, False)
 
 
 def multiply_fused(
@@ -65,13 +73,13 @@ def multiply_fused(
 
     blocks: (rows, bytes of a row) uint8, on x's device.
     """
-    if (kernels := _kernels(x.device.type)) is None:
+    kernels, kind = _kernels(x.device.type), kind_of(len(blocks), qtype, x)
+    if kernels is None or not _fallback.allows(kind, _LEAST):
         return None
     try:
         return kernels.linear(blocks, qtype, x, bias)
     except kernels.FAILURES as error:
-        _give_up(x.device.type, error)
-        return None
+        return _fallback.after(error, kind, kernels.OF_A_KIND)
 
 
 def kind_of(rows: int, qtype: GGMLQuantizationType, x: Tensor) -> Kind:
@@ -81,28 +89,43 @@ def kind_of(rows: int, qtype: GGMLQuantizationType, x: Tensor) -> Kind:
 
 
 def _captured(device: torch.device) -> bool:
-    """Whether what is done goes into a CUDA graph, which can't be timed."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether what is done there goes into a CUDA graph, which can't be timed."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _settle(kind: Kind, faster: bool | None) -> None:
+    """Remember what was timed; torch's way, where that was tried in vain too often."""
+    _tries[kind] += 1
+    if faster is not None or _tries[kind] == TRIES:
+        _faster[kind] = bool(faster)
 
 
 @torch.no_grad()
 def _time_both(
     kernels: ModuleType, shape: tuple[int, int], qtype: GGMLQuantizationType, x: Tensor
-) -> bool:
-    """Whether the fused product takes less than MARGIN of the time."""
+) -> bool | None:
+    """Whether the fused product takes less than MARGIN of the time; None if it can't be told now.
+    Only what the fused one fails by is held against it.
+    """
     rows, (vectors, columns) = shape[0], x.shape
     try:
         blocks = torch.zeros(shape, dtype=torch.uint8, device=x.device)
         fused = kernels.milliseconds(lambda: kernels.linear(blocks, qtype, x), x.device)
+    except torch.OutOfMemoryError as error:
+        return _untimed(qtype, error)
+    except kernels.FAILURES as error:
+        return _fallback.after(error, kind_of(rows, qtype, x), kernels.OF_A_KIND)
+    try:
         plain = kernels.milliseconds(
             lambda: linear(x, dequantize(blocks, qtype, (rows, columns), x.dtype)), x.device
         )
-    except torch.OutOfMemoryError:
-        log.info("no memory to time products of %s by: torch multiplies them", qtype.name)
-        return False
+    except AcceleratorError:
+        raise
     except kernels.FAILURES as error:
-        _give_up(x.device.type, error)
-        return False
+        return _untimed(qtype, error)
     log.debug(
         "%d vectors times %s (%d, %d): fused %.3f ms, unpacked first %.3f ms",
         *(vectors, qtype.name, rows, columns, fused, plain),
@@ -110,21 +133,13 @@ def _time_both(
     return fused < MARGIN * plain
 
 
-def _kernels(device: str) -> ModuleType | None:
-    """The compiled kernels for a kind of device, if there are any that work."""
-    return None if device in _failed else _found(device)
+def _untimed(qtype: GGMLQuantizationType, error: Exception) -> None:
+    log.info("products of %s by torch for now, as they could not be timed: %s", qtype.name, error)
 
 
 @cache
-def _found(device: str) -> ModuleType | None:
+def _kernels(device: str) -> ModuleType | None:
+    """The compiled kernels for a kind of device, if there are any."""
     if device != "cuda":
         return None
     return find_kernels("triton_linear", "multiplying few vectors on cuda")
-
-
-def _give_up(device: str, error: Exception) -> None:
-    """Unpack first from now on, and say once why; no memory is another matter."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    _failed.add(device)
-    log.warning("multiplying few vectors on %s by plain torch, which is slower: %s", device, error)

@@ -12,7 +12,7 @@ seen, offset, w) is given the weights `offset` + lane of each, float32: here to 
 triton_linear.py to be multiplied.
 """
 
-import subprocess
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -23,10 +23,15 @@ from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 from gguf.quants import IQ4_NL
 from torch import Tensor
-from triton.errors import TritonError
+from triton.runtime import errors
 
-# What is raised where no kernel can be built: no compiler, no driver, an unknown GPU.
-FAILURES = (TritonError, RuntimeError, OSError, subprocess.CalledProcessError)
+log = logging.getLogger(__name__)
+
+# Where a kernel can't be built (no compiler, no driver, a library that does not load, an unknown
+# GPU) anything is raised; none of it is worth a picture that plain torch can draw.
+FAILURES = (Exception,)
+# Of these, what is said of one kernel only. Older Triton has no PTXASError.
+OF_A_KIND = (errors.OutOfResources, getattr(errors, "PTXASError", errors.OutOfResources))
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _WEIGHTS = 4096  # of a program
 
@@ -203,6 +208,7 @@ FORMATS = {
     for unpack in functions
 }
 COMPILED = frozenset(FORMATS)
+_WITH_LEVELS = (T.IQ4_NL, T.IQ4_XS)
 
 
 @triton.jit
@@ -211,7 +217,7 @@ def _store(got, to, live, offset: tl.constexpr, w):
     return got
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _dequantize(
     data,
     out,
@@ -230,9 +236,17 @@ def _dequantize(
 
 
 @cache
-def levels(device: torch.device) -> Tensor:
-    """The values of IQ4_NL's codes."""
+def levels(qtype: T, device: torch.device) -> Tensor | None:
+    """The values of the codes of IQ4_NL and IQ4_XS; of other types none are looked up."""
+    if qtype not in _WITH_LEVELS:
+        return None
     return torch.tensor(IQ4_NL.kvalues, dtype=torch.float32, device=device)
+
+
+@cache
+def announce(doing: str, qtype: T, dtype: torch.dtype, device: torch.device) -> None:
+    """Say, the first time, what the wait is for."""
+    log.info("building Triton kernels for %s %s in %s on %s", doing, qtype.name, dtype, device)
 
 
 def current(device: torch.device) -> AbstractContextManager:
@@ -247,12 +261,13 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     """
     size, width = GGML_QUANT_SIZES[qtype]
     function, lanes = FORMATS[qtype]
+    announce("dequantising", qtype, out.dtype, out.device)
     with current(out.device):
         _dequantize[(triton.cdiv(len(blocks) * size, _WEIGHTS),)](
             blocks.contiguous(),
             out,
             len(blocks),
-            levels(out.device),
+            levels(qtype, out.device),
             unpack=function,
             width=width,
             size=size,

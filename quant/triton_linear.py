@@ -17,9 +17,18 @@ from gguf import GGMLQuantizationType as T
 from torch import Tensor
 from triton.testing import do_bench
 
-from .triton_dequant import COMPILED, DTYPES, FAILURES, FORMATS, current, levels
+from .triton_dequant import (
+    COMPILED,
+    DTYPES,
+    FAILURES,
+    FORMATS,
+    OF_A_KIND,
+    announce,
+    current,
+    levels,
+)
 
-__all__ = ["COMPILED", "DTYPES", "FAILURES", "linear", "milliseconds"]
+__all__ = ["COMPILED", "DTYPES", "FAILURES", "OF_A_KIND", "linear", "milliseconds"]
 
 _LEAST = 16  # vectors of a program: tensor cores take no fewer
 _MOST = 256  # bytes of a column of them: with more, float32's sums spill on sm_90
@@ -41,7 +50,7 @@ def _add_product_exactly(got, x, seen, offset: tl.constexpr, w):
     return tl.dot(a.to(tl.float32), b, got, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vectors"])
 def _linear(
     x,
     data,
@@ -100,6 +109,7 @@ def linear(blocks: Tensor, qtype: T, x: Tensor, bias: Tensor | None = None) -> T
     function, lanes = FORMATS[qtype]
     out = x.new_empty(vectors, rows)
     M = min(_MOST // x.itemsize, max(_LEAST, triton.next_power_of_2(vectors)))
+    announce("multiplying", qtype, x.dtype, x.device)
     with current(x.device):
         _linear[triton.cdiv(rows, _ROWS), triton.cdiv(vectors, M)](
             x.contiguous(),
@@ -109,7 +119,7 @@ def linear(blocks: Tensor, qtype: T, x: Tensor, bias: Tensor | None = None) -> T
             vectors,
             rows,
             columns,
-            levels(x.device),
+            levels(qtype, x.device),
             unpack=function,
             take=_add_product_exactly if x.is_cpu else _add_product,
             width=width,

@@ -113,3 +113,8 @@ def test_int8_products_are_in_the_graph_too(bfloat16, tmp_path):  # noqa: F811
     drawn = sample(compiled(model))
     assert graphs() == 1 and torch.equal(drawn, sample(model))
     assert (drawn - sample(reference)).norm() < 0.1 * drawn.norm()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="an older torch")
+def test_no_cuda_graph_takes_a_layer_in():
+    assert torch.Tag.cudagraph_unsafe in torch.ops.fewstep.linear.default.tags

@@ -24,14 +24,14 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 class Kernels:
     """As quant/triton_linear.py, on a clock by which it is always the faster."""
 
-    COMPILED, DTYPES, FAILURES = {T.Q8_0, T.Q4_K}, {torch.float32}, (RuntimeError,)
+    COMPILED, DTYPES, FAILURES, OF_A_KIND = {T.Q8_0, T.Q4_K}, {torch.float32}, (Exception,), ()
 
     def __init__(self):
-        self.calls, self.broken = 0, False
+        self.calls, self.error = 0, None
 
     def linear(self, blocks, qtype, x, bias=None):
-        if self.broken:
-            raise RuntimeError("no such GPU")
+        if self.error:
+            raise self.error
         self.calls += 1
         weight = dequantize(blocks, qtype, (len(blocks), x.shape[1]), x.dtype)
         return torch.nn.functional.linear(x, weight, bias)
@@ -83,10 +83,21 @@ def test_a_kernel_that_fails_leaves_the_product_to_torch(kernels, caplog):
     linear, weight, bias = layer(T.Q8_0)
     x = torch.randn(7, 512)
     product(linear, x)
-    kernels.broken = True
+    kernels.error = RuntimeError("no such GPU")
     for _ in range(2):
         assert torch.equal(product(linear, x), plain(x, weight, bias))
     assert caplog.text.count("no such GPU") == 1
+
+
+def test_a_weight_is_given_back_though_memory_ran_out(kernels, monkeypatch):
+    linear, _, _ = layer(T.Q8_0)
+    x, given_back, uncast = torch.randn(7, 512), [], linear.uncast
+    product(linear, x)
+    monkeypatch.setattr(linear, "uncast", lambda *given: given_back.append(given) or uncast(*given))
+    kernels.error = torch.OutOfMemoryError("none left")
+    with pytest.raises(torch.OutOfMemoryError):
+        product(linear, x)
+    assert len(given_back) == 1
 
 
 def test_a_weight_that_is_not_finite_is_still_named(kernels):
@@ -109,7 +120,7 @@ def test_a_model_draws_the_same_with_loras_too(kernels, tmp_path, monkeypatch):
         calls.append(kernels.calls)
     assert 0 < calls[0] == calls[1] - calls[0]  # with a side branch the weight stays packed
     assert calls[0] > calls[2] - calls[1] > 0  # one weight is patched dense
-    monkeypatch.setattr(fused, "_found", lambda device: None)
+    monkeypatch.setattr(fused, "_kernels", lambda device: None)
     for name, way in ways.items():
         torch.testing.assert_close(drawn[name], sample(way), **CLOSE)
     assert kernels.calls == calls[2]
@@ -121,7 +132,7 @@ def test_a_compiled_layer_is_one_graph_with_it(kernels):
     run, x = torch.compile(linear, backend="aot_eager", fullgraph=True), torch.randn(7, 512)
     assert torch.equal(product(run, x), plain(x, weight, bias))
     assert kernels.calls == graphs() == 1
-    kernels.broken = True  # what is chosen within compiles nothing again
+    kernels.error = RuntimeError("no such GPU")  # what is chosen within compiles nothing again
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(product(run, x), plain(x, weight, bias))
 

@@ -3,10 +3,16 @@
 import importlib
 import logging
 import sys
+from collections import Counter
+from contextlib import nullcontext
+from threading import Thread
+from time import sleep
+from types import ModuleType
 
 import pytest
 import torch
 from fewstep.quant import fused, multiply_fused, prefers_fused
+from fewstep.quant.kernels import Fallback
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
@@ -16,10 +22,11 @@ ROWS, COLUMNS = 96, 256
 class Kernels:
     """As quant/triton_linear.py, with a clock that says what it is told to, in milliseconds."""
 
-    COMPILED, DTYPES, FAILURES = {T.Q4_K, T.Q8_0}, {torch.float32, torch.float16}, (RuntimeError,)
+    COMPILED, DTYPES = {T.Q4_K, T.Q8_0}, {torch.float32, torch.float16}
+    FAILURES, OF_A_KIND = (Exception,), (KeyError,)
 
     def __init__(self):
-        self.fused, self.plain, self.error = 1.0, 2.0, None
+        self.fused, self.plain, self.error, self.torchs_error = 1.0, 2.0, None, None
         self.calls, self.timed = 0, 0
 
     def linear(self, blocks, qtype, x, bias=None):
@@ -31,14 +38,19 @@ class Kernels:
     def milliseconds(self, run, device):
         self.timed, before = self.timed + 1, self.calls
         run()
-        return self.fused if self.calls > before else self.plain
+        if self.calls > before:
+            return self.fused
+        if self.torchs_error:
+            raise self.torchs_error
+        return self.plain
 
 
 def found(kernels, monkeypatch):
     """`kernels`, where a device's are looked for, with nothing timed yet and nothing failed."""
-    monkeypatch.setattr(fused, "_found", lambda device: kernels)
+    monkeypatch.setattr(fused, "_kernels", lambda device: kernels)
     monkeypatch.setattr(fused, "_faster", {})
-    monkeypatch.setattr(fused, "_failed", set())
+    monkeypatch.setattr(fused, "_tries", Counter())
+    monkeypatch.setattr(fused, "_fallback", Fallback("multiplying few vectors"))
     return kernels
 
 
@@ -134,32 +146,109 @@ def test_a_kernel_that_cannot_be_built_is_told_once_and_done_without(kernels, ca
 
 def test_so_is_one_that_fails_later(kernels, caplog):
     assert asked()
-    kernels.error = RuntimeError("out of resource: shared memory")
+    kernels.error = RuntimeError("no such GPU")
     for _ in range(2):
         assert multiply_fused(blocks(), T.Q4_K, torch.zeros(7, COLUMNS)) is None
     assert not asked() and kernels.calls == 2
+    assert caplog.text.count("no such GPU") == 1
+
+
+def test_one_kernel_that_cannot_be_built_leaves_the_others(kernels, caplog):
+    kernels.error = KeyError("out of resource: shared memory")
+    assert not asked()
+    kernels.error = None
+    assert not asked() and asked(77) and asked(qtype=T.Q8_0)
+    assert multiply_fused(blocks(), T.Q4_K, torch.zeros(7, COLUMNS)) is None
     assert caplog.text.count("out of resource") == 1
 
 
-def test_no_memory_for_timing_means_torch_and_in_a_product_is_the_hosts_matter(kernels):
-    kernels.error = torch.OutOfMemoryError("none left")
-    assert not asked(7)
-    with pytest.raises(torch.OutOfMemoryError):
-        multiply_fused(blocks(), T.Q4_K, torch.zeros(7, COLUMNS))
+def test_a_driver_without_memory_is_asked_again(kernels):
+    assert asked()
+    kernels.error = RuntimeError("Triton Error [CUDA]: out of memory")
+    assert multiply_fused(blocks(), T.Q4_K, torch.zeros(7, COLUMNS)) is None
     kernels.error = None
-    assert not asked(7) and asked(77)  # of the first kind it is settled
+    assert multiply_fused(blocks(), T.Q4_K, torch.zeros(7, COLUMNS)) is not None
 
 
-def test_without_triton_it_says_so_and_torch_multiplies(monkeypatch, caplog):
+def test_memory_and_gpu_are_the_hosts_matter_in_a_product(kernels):
+    errors = [torch.OutOfMemoryError("none left")]
+    if hasattr(torch, "AcceleratorError"):
+        errors.append(torch.AcceleratorError("illegal memory access"))
+    for kernels.error in errors:
+        with pytest.raises(type(kernels.error)):
+            multiply_fused(blocks(), T.Q4_K, torch.zeros(7, COLUMNS))
+    kernels.error = None
+    assert asked()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("none left"), RuntimeError("CUDA error: out of memory")]
+)
+def test_where_memory_lacked_timing_is_tried_again_but_not_for_ever(kernels, error):
+    kernels.error = error
+    assert not asked()
+    kernels.error = None
+    assert asked()
+    kernels.error = error
+    for _ in range(fused.TRIES):
+        assert not asked(77)
+    kernels.error = None
+    assert not asked(77) and asked(400)
+
+
+def test_torchs_own_failure_in_timing_is_not_held_against_the_kernel(kernels):
+    kernels.torchs_error = RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED")
+    assert not asked()
+    assert multiply_fused(blocks(), T.Q4_K, torch.zeros(7, COLUMNS)) is not None
+    kernels.torchs_error = None
+    assert asked()
+
+
+@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="an older torch")
+@pytest.mark.parametrize("side", ["error", "torchs_error"])
+def test_a_gpu_that_fails_in_timing_is_the_hosts_matter(kernels, side):
+    setattr(kernels, side, torch.AcceleratorError("illegal memory access"))
+    with pytest.raises(torch.AcceleratorError):
+        asked()
+
+
+def test_two_threads_time_a_kind_once(kernels, monkeypatch):
+    timed = kernels.milliseconds
+    monkeypatch.setattr(kernels, "milliseconds", lambda *given: sleep(0.05) or timed(*given))
+    threads = [Thread(target=asked) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert kernels.timed == 2  # one of each way
+
+
+def test_a_graph_is_looked_for_where_the_vectors_are(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda gpu: entered.append(gpu) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(entered))
+    assert fused._captured(torch.device("cuda:1")) and entered == [torch.device("cuda:1")]
+    assert not fused._captured(torch.device("cpu"))
+
+
+class Broken(ModuleType):
+    """A package that is there, but whose library does not load."""
+
+    def __getattr__(self, name):
+        raise OSError("DLL load failed")
+
+
+@pytest.mark.parametrize("triton", [None, Broken("triton")], ids=["missing", "broken"])
+def test_without_triton_it_says_so_and_torch_multiplies(monkeypatch, caplog, triton):
     name = "fewstep.quant.triton_linear"
-    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "triton", triton)
     monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delitem(sys.modules, "fewstep.quant.triton_dequant", raising=False)
-    fused._found.cache_clear()
+    fused._kernels.cache_clear()
     with caplog.at_level(logging.INFO, logger="fewstep.quant.kernels"):
-        assert fused._found("cuda") is None and fused._found("cuda") is None
+        assert fused._kernels("cuda") is None and fused._kernels("cuda") is None
     assert caplog.text.count("multiplying few vectors on cuda without triton") == 1
-    fused._found.cache_clear()
+    fused._kernels.cache_clear()
     monkeypatch.undo()
     pytest.importorskip("triton")
     assert importlib.import_module(name).linear

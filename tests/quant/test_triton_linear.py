@@ -3,6 +3,7 @@ can build it for a GPU, which needs none either.
 """
 
 import importlib
+import re
 import sys
 
 import pytest
@@ -102,24 +103,62 @@ def test_every_type_that_is_unpacked_is_multiplied(kernels):
     assert set(TYPES) == kernels.COMPILED
 
 
-@pytest.mark.parametrize("qtype", TYPES, ids=lambda qtype: qtype.name)
-def test_a_gpus_compiler_takes_it(for_gpus, qtype):
-    """What the interpreter allows, Triton's compiler need not: it makes a kernel for sm_80."""
+def build(kernels, qtype, M, gpu=("cuda", 80, 32)):
+    """What Triton makes for a GPU of the product of M vectors, or of dequantising if M is 0."""
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if "nvidia" not in backends:
-        pytest.skip("this Triton has no compiler for NVIDIA's GPUs")
-    (size, width), (unpack, lanes) = GGML_QUANT_SIZES[qtype], for_gpus.FORMATS[qtype]
-    kernel, numbers = for_gpus._linear, ("x", "bias", "out")
-    constants = dict(unpack=unpack, take=for_gpus._add_product, width=width, size=size)
-    constants |= dict(lanes=lanes, beside=for_gpus.beside(lanes, size), M=16, N=32)
-    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(numbers, "*bf16")
-    signature |= {"data": "*u8", "levels": "*fp32"} | dict.fromkeys(constants, "constexpr")
-    made = triton.compile(
-        ASTSource(kernel, signature, constants),
-        target=GPUTarget("cuda", 80, 32),
-        options={"enable_fp_fusion": False, "num_stages": 1},
-    )
-    assert "mma.sync" in made.asm["ptx"]  # tensor cores multiply
+    if {"cuda": "nvidia", "hip": "amd"}[gpu[0]] not in backends:
+        pytest.skip("this Triton has no compiler for such GPUs")
+    dequant = importlib.import_module(NAMES[1])
+    (size, width), (unpack, lanes) = GGML_QUANT_SIZES[qtype], kernels.FORMATS[qtype]
+    kernel = kernels._linear if M else dequant._dequantize
+    constants = dict(unpack=unpack, width=width, size=size, lanes=lanes)
+    if M:
+        constants |= dict(take=kernels._add_product, beside=kernels.beside(lanes, size), M=M, N=32)
+    else:
+        constants |= dict(B=4096 // size)
+    if dequant.levels(qtype, torch.device("cpu")) is None:
+        constants["levels"] = None
+    signature = dict.fromkeys(kernel.arg_names, "i32") | {"data": "*u8", "levels": "*fp32"}
+    signature |= {name: "*bf16" for name in ("x", "bias", "out") if name in signature}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants)
+    options = {"enable_fp_fusion": False} | ({"num_stages": 1} if M else {})
+    return triton.compile(source, target=GPUTarget(*gpu), options=options).asm
+
+
+@pytest.mark.parametrize("M", [0, 16])
+@pytest.mark.parametrize("qtype", TYPES, ids=lambda qtype: qtype.name)
+def test_a_gpus_compiler_takes_it(for_gpus, qtype, M):
+    """What the interpreter allows, Triton's compiler need not: it makes a kernel for sm_80."""
+    made = build(for_gpus, qtype, M)
+    assert ("mma.sync" in made["ptx"]) == bool(M)  # tensor cores multiply
+    if qtype.name.endswith("_K"):  # a load of 32 lanes is of bytes that no other load takes
+        wide = re.findall(r"tt\.load .*tensor<\d+x32x!tt\.ptr<i8>>", made["ttir"])
+        assert wide and 32 * len(wide) <= GGML_QUANT_SIZES[qtype][1]
+
+
+GPUS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx1100": ("hip", "gfx1100", 32),
+}
+PRODUCT = re.compile("mma.sync|wgmma.mma_async|v_wmma")
+
+
+@pytest.mark.parametrize("M", [0, 16, 128])
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("qtype", [T.Q4_K, T.Q6_K], ids=lambda qtype: qtype.name)
+def test_so_do_the_compilers_of_others(for_gpus, qtype, gpu, M):
+    made = build(for_gpus, qtype, M, GPUS[gpu])
+    code = made["amdgcn" if gpu == "gfx1100" else "ptx"]
+    assert bool(PRODUCT.search(code)) == bool(M)
+
+
+def test_another_number_of_vectors_or_blocks_builds_nothing_anew(for_gpus):
+    dequant = importlib.import_module(NAMES[1])
+    for kernel, free in ((for_gpus._linear, "vectors"), (dequant._dequantize, "n")):
+        assert [p.name for p in kernel.params if p.do_not_specialize] == [free]
