@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..distill.optimize import update
 from .captions import KINDS, draw_captions
 from .latents import PATCH, LatentCode
 from .scenes import SIZE, draw
@@ -74,10 +75,7 @@ class VAETask:
             loss = nn.functional.mse_loss(made, latents)
         rate = LEARNING_RATE * min((index + 1) / 50, 1.0) * (0.5 + 0.5 * np.cos(np.pi * progress))
         self.optimizer.param_groups[0]["lr"] = float(rate)
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimizer.step()
+        update(loss, [self.optimizer], 1.0)
         return loss.detach()
 
     def state_dict(self) -> dict:

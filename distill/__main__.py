@@ -1,7 +1,7 @@
 """Distil a few-step model, a stage at a time.
 
-    python -m distill adopt | align | teacher | soften | trajectory | match | split | merge | style
-    python -m distill eval | time | noise | table | export
+    python -m distill adopt | align | teacher | trajectory | match | split | merge
+    python -m distill style | eval | time | noise | table | export
     python -m distill trajectory | match --model FILE --text-encoder FILE … --prompts FILE
 
 The last makes a few-step LoRA of any flow model that ComfyUI loads (see `distill/host_run.py`); the
@@ -11,6 +11,7 @@ in the folder.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in {
         "align": "a new T5 learns what CLIP-L says, before it learns more from flow matching",
-        "teacher": "flow matching, with encoder dropout (first --config tuned, then soften)",
+        "teacher": "flow matching, with encoder dropout (first --config tuned)",
         "trajectory": "stage 1: regress onto the teacher's integrals between the student's steps",
         "match": "stage 2: distribution matching, timesteps shared or random, adversarial heads",
         "split": "stage 3: train the branches of low and of high noise, each on its own",
@@ -63,11 +64,6 @@ def parse_arguments() -> argparse.Namespace:
     adopt.add_argument(
         "--set", nargs="+", default=["t5_pieces=0"], metavar="KEY=VALUE", help="default without T5"
     )
-    soften = commands.add_parser("soften", help="a teacher between a tuned one and what it was")
-    soften.add_argument("name", help="of the run to write")
-    soften.add_argument("--tuned", default="tuned", help="run; default tuned")
-    soften.add_argument("--base", default="../teacher", help="run; default ../teacher, the demo's")
-    soften.add_argument("--ratio", type=float, default=0.5, help="of the tuned one; default 0.5")
     evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")
     evaluate.add_argument("name", nargs="+", help="of runs")
     evaluate.add_argument("--steps", type=int, help="default the run's own; a teacher's are 50")
@@ -83,10 +79,8 @@ def parse_arguments() -> argparse.Namespace:
     time.add_argument("--turns", type=int, default=9, help="default 9")
     for command in (export, time):
         command.add_argument("--recipe", default="flash-8", help="of the model; default flash-8")
-    noise = commands.add_parser("noise", help="how noisy the gradient is, shared and random")
-    noise.add_argument("--config", default="match")
-    noise.add_argument("--name", help="of the run; default the configuration's")
-    noise.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    noise = commands.add_parser("noise", help="how noisy the gradient of stage 2 is")
+    noise.add_argument("name", nargs="+", help="of runs, shared and random")
     noise.add_argument("--batches", type=int, default=16, help="default 16")
     table = commands.add_parser("table", help="docs/distilled.md from the folder's logs")
     table.add_argument("--docs", default=run.ROOT / "docs", type=Path, help="folder to write to")
@@ -119,11 +113,26 @@ def add_model_options(stage: argparse.ArgumentParser) -> None:
     group.add_argument("--start", type=Path, help="LoRA file to go on from, of the same rank")
 
 
-def main() -> None:
+def main() -> int:
+    """The exit status: 0 done, 1 an error told in a line on stderr, 130 stopped."""
     options = parse_arguments()
     from fewstep.demo.__main__ import prepare
 
     prepare(options)
+    from fewstep.distill.loop import TrainingDiverged
+
+    try:
+        act(options)
+    except (ValueError, OSError, TrainingDiverged) as error:
+        print(f"python -m distill: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def act(options: argparse.Namespace) -> None:
     if getattr(options, "model", None):
         from fewstep.distill import host_run
 
@@ -132,6 +141,8 @@ def main() -> None:
     from fewstep.demo.miniature import Miniature
     from fewstep.distill import commands
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("several processes train a --model; the miniature is trained by one")
     getattr(commands, options.command)(options, Miniature(run.ROOT / ".train"))
 
 

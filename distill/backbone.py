@@ -48,8 +48,8 @@ class Backbone(Protocol):
     def proxy(self, config: Told) -> nn.Module:
         """Another network that starts as the teacher and learns."""
 
-    def read(self, prompts: Any, index: int, config: Told, draw: torch.Generator) -> tuple:
-        """The `Text` of the prompts of step `index`, and that of no prompts in their place."""
+    def read(self, prompts: Any, config: Told, draw: torch.Generator) -> tuple:
+        """The `Text` of a step's prompts, and that of no prompts in their place."""
 
     def join(self, first: Any, second: Any) -> Any:
         """The `Text` of both batches, one after the other."""
@@ -105,11 +105,9 @@ class Copies:
     def proxy(self, config: Told) -> nn.Module:
         return copy.deepcopy(self.teacher.mmdit).requires_grad_(True)
 
-    def read(
-        self, prompts: Tensor, index: int, config: Told, draw: torch.Generator
-    ) -> tuple[Text, Text]:
+    def read(self, prompts: Tensor, config: Told, draw: torch.Generator) -> tuple[Text, Text]:
         tokens = drop_encoders(prompts, config, draw)
-        if index % config.full_every:
+        if torch.randint(config.full_every, (), generator=draw):
             tokens = tokens[..., : config.short_context]
         return self._encode(tokens), self._encode(emptied(tokens))
 

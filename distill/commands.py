@@ -2,17 +2,17 @@
 
 import json
 import statistics
-import tempfile
 from argparse import Namespace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 from PIL import Image
 
 from ..host.learned import save_whole
 from . import runs
+from .loop import Task
 from .lora import as_file
-from .match import RENOISE
 from .merge import RATIOS
 from .noise import noise_scale
 from .runs import Dataset, Run
@@ -50,10 +50,10 @@ def _train(run: Run, options: Namespace, dataset: Dataset) -> None:
 def dry_run(run: Run, folder: Path, dataset: Dataset, device: str) -> str:
     """A line for each setting, then what one step says of memory and time; nothing is saved."""
     task = runs.build(run, folder, dataset, device)
-    task.step(0, 0.0)  # what is only needed once is not timed
-    start = perf_counter()
-    loss = task.step(1, 0.0)
-    seconds = perf_counter() - start
+    with TemporaryDirectory() as passing:
+        if run.stage == "trajectory":
+            task.folder = Path(passing)
+        loss, seconds = two_steps(task)
     size = sum(value.nbytes for value in _tensors(task.state_dict()))
     needed = runs.memory_of(task, dataset)
     steps = -(-run.samples // task.batch)
@@ -64,6 +64,14 @@ def dry_run(run: Run, folder: Path, dataset: Dataset, device: str) -> str:
         f"weights, and {size / 1e6:.0f} MB on disk",
     ]
     return "\n".join(lines)
+
+
+def two_steps(task: Task) -> tuple[float, float]:
+    """Loss and seconds of the second step, in which what is needed but once is not timed."""
+    task.step(0, 0.0)
+    start = perf_counter()
+    loss = float(task.step(1, 0.0))
+    return loss, perf_counter() - start
 
 
 def _tensors(state):
@@ -82,7 +90,7 @@ def merge(options: Namespace, dataset: Dataset) -> None:
     scores = {}
     for ratio in ratios:
         runs.merge_runs(options.folder, run, ratio)
-        scored = _evaluate(run.name, options, dataset, note={"ratio": ratio})
+        scored = _evaluate(run.name, options, dataset, note={"ratio": ratio}, choosing=True)
         scores[ratio] = scored["overall"], scored["right"]
     best = max(scores, key=scores.get)
     print(f"{runs.merge_runs(options.folder, run, best)}: ratio {best} of the high branch")
@@ -91,12 +99,6 @@ def merge(options: Namespace, dataset: Dataset) -> None:
 def adopt(options: Namespace, dataset: Dataset) -> None:
     """Write a model that ships as a run."""
     print(runs.adopt_run(options.folder, read(options), options.shipped, dataset))
-
-
-def soften(options: Namespace, dataset: Dataset) -> None:
-    """Write a teacher between two."""
-    given = (options.name, options.tuned, options.base, options.ratio)
-    print(runs.soften_run(options.folder, *given))
 
 
 def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
@@ -113,7 +115,9 @@ def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
             Image.fromarray(dataset.sheet(model, sigmas, options.cfg or cfg)).save(path)
 
 
-def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[str, float]:
+def _evaluate(
+    name, options, dataset, steps=None, cfg=None, note=None, choosing=False
+) -> dict[str, float]:
     state = runs.checkpoint(options.folder, name)
     config = state["config"]
     sigmas, own = runs.schedule(config, steps)
@@ -123,7 +127,7 @@ def _evaluate(name, options, dataset, steps=None, cfg=None, note=None) -> dict[s
     note = told | {"trained": state.get("done", {}).get("samples")} | (note or {})
     if "recipe" in note:
         model = dataset.quantised(model, note["recipe"])
-    scores = dataset.evaluate(model, sigmas, cfg, options.captions, options.encoders)
+    scores = dataset.evaluate(model, sigmas, cfg, options.captions, options.encoders, choosing)
     row = {
         "name": name,
         "steps": len(sigmas) - 1,
@@ -163,7 +167,7 @@ def _export(
 
 def time(options: Namespace, dataset: Dataset) -> None:
     """Time runs side by side as their users would: files, loaded and drawn by ComfyUI."""
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         folders = [Path(folder) / str(number) for number in range(len(options.name))]
         for name, models in zip(options.name, folders, strict=True):
             _export(name, models, options, dataset)
@@ -181,15 +185,15 @@ def time(options: Namespace, dataset: Dataset) -> None:
 
 
 def noise(options: Namespace, dataset: Dataset) -> None:
-    """Measure a run's gradient with timesteps shared and random, on one student and proxy."""
-    for renoise in RENOISE:
-        run = runs.read_run(options.config, options.name, [*options.set, f"renoise={renoise}"])
+    """Measure the gradients of runs of stage 2, each as it was trained, with its own proxy."""
+    for name in options.name:
+        run = runs.kept_run(options.folder, name)
         task = runs.build(run, options.folder, dataset, options.device)
         task.load_state_dict(runs.checkpoint(options.folder, run.name)["task"])
         for step in run.settings.steps():
             row = {
                 "name": run.name,
-                "renoise": renoise,
+                "renoise": run.settings.renoise,
                 "sigma": run.settings.sigmas[step],
                 "scale": round(noise_scale(task, step, options.batches), 1),
                 "batches": options.batches,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,12 @@ class Plan:
     seed: int = 0
     optimizer: str = "adamw"  # one of ADAMS; the others are bitsandbytes'
     dtype: str = "model"  # of activations: the MODEL's own, or one of DTYPES
+    # Of stage 2 alone: see MatchConfig.
+    renoise: str = MatchConfig.renoise
+    proxy_steps: int = MatchConfig.proxy_steps
+    ida: float = MatchConfig.ida
+    adversarial: float = MatchConfig.adversarial
+    branch: tuple[float, float] = MatchConfig.branch
 
     def __post_init__(self):
         """Raises: ValueError for a method or a type that there is not."""
@@ -85,9 +92,16 @@ class Plan:
         )
 
     def match(self) -> MatchConfig:
-        """The proxy learns twice as fast as the student, whom it has to follow."""
+        """The proxy learns faster than the student, whom it has to follow."""
         return MatchConfig(
-            proxy_warmup=min(15, self.steps // 10), proxy_rate=2 * self.rate, **self._shared()
+            proxy_warmup=min(MatchConfig.proxy_warmup, self.steps // 4),
+            proxy_rate=2 * self.rate,
+            renoise=self.renoise,
+            proxy_steps=self.proxy_steps,
+            ida=self.ida,
+            adversarial=self.adversarial,
+            branch=self.branch,
+            **self._shared(),
         )
 
 
@@ -134,10 +148,12 @@ def build(
     folder: Path,
     start: dict[str, Tensor] | None = None,
     processes: One = ONE,
+    origin: dict[str, Any] | None = None,
 ) -> StudentTask:
     """The task of a plan; the teacher's trajectories are kept in `folder`.
 
-    latents: (m, channels, …) in the model's space; all zero, they only say the size.
+    latents: (m, channels, …) in the model's space; all zero, they only say the size. `origin`: see
+    TrajectoryTask.
     Raises: ValueError where guidance needs a negative prompt, a batch cannot be shared out, or the
     optimizer is not there.
     """
@@ -155,9 +171,9 @@ def build(
     data = Pictures(latents, len(backbone.positive), plan.batch, plan.seed)
     given = (backbone, data, start, adam, processes)
     if plan.method == "trajectory":
-        return TrajectoryTask(plan.trajectory(), *given, folder=folder)
+        return TrajectoryTask(plan.trajectory(), *given, folder=folder, origin=origin)
     if not latents.any():
-        teacher = TrajectoryTask(plan.trajectory(), backbone, data, folder=folder)
+        teacher = TrajectoryTask(plan.trajectory(), backbone, data, folder=folder, origin=origin)
         given = (backbone, Drawn(teacher, processes), start, adam, processes)
     return MatchTask(plan.match(), *given)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..host import text
@@ -37,7 +37,7 @@ def captioned(folder: Path) -> list[tuple[Path, str]]:
 
 def _caption(picture: Path) -> str:
     path = picture.with_suffix(".txt")
-    words = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    words = _text(path).strip() if path.exists() else ""
     if not words:
         state = "is empty" if path.exists() else "is missing"
         raise ValueError(
@@ -46,9 +46,16 @@ def _caption(picture: Path) -> str:
     return words
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it so") from error
+
+
 def prompts(file: Path) -> list[str]:
     """A prompt from each line that is not empty. Raises: ValueError where there is none."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in _text(file).splitlines()]
     if not any(lines):
         raise ValueError(f"{file} holds no prompts: write one a line")
     return [line for line in lines if line]
@@ -62,8 +69,10 @@ def read_picture(path: Path, size: tuple[int, int] | None, multiple: int) -> Ten
     """
     try:
         picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is no picture that can be read: replace or remove it") from error
+    except (OSError, SyntaxError) as error:  # Pillow's, for what is no picture, or cut off
+        raise ValueError(
+            f"{path} is no picture that can be read: replace or remove it ({error})"
+        ) from error
     width, height = (side // multiple * multiple for side in size or picture.size)
     if not width or not height:
         raise ValueError(f"{path} is {picture.size}: each side needs {multiple} pixels or more")

@@ -6,23 +6,27 @@ on, NAME.jsonl its losses, sheets/NAME/ sketches of what the student draws, NAME
 LoRA.
 """
 
-import json
+import hashlib
 import logging
 from argparse import Namespace
 from dataclasses import asdict, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..host.learned import save_lora, sketch
+from ..host.learned import save_lora, sketch, sketched
 from ..host.loading import load_diffusion_model, load_text_encoders, load_vae
 from ..host.training import joined, training
 from . import folder as data
+from .commands import two_steps
 from .few_step_lora import Plan, build
 from .loop import Budget, check_config, load_checkpoint, save_atomically, train
-from .several import processes
+from .runs import plain
+from .several import One, processes
 from .watch import Watch
 
 log = logging.getLogger(__name__)
@@ -32,14 +36,24 @@ METHODS = {"trajectory": "trajectory", "match": "matching"}
 GUIDANCE = 3.0  # of the teacher, where --set says nothing else
 
 
-def run(options: Namespace) -> Path:
-    """Train as the command line says; the LoRA's file. Raises: ValueError naming the remedy."""
+def run(options: Namespace) -> Path | None:
+    """Train as the command line says; the LoRA's file, None for a dry run, which keeps nothing.
+    Raises: ValueError naming the remedy.
+    """
     name = options.name or f"{Path(options.model).stem}-{options.command}"
     plan = read_plan(options.command, options.set)
     together = processes(cpu=options.device == "cpu")
     if together.number:
         logging.getLogger().setLevel(logging.WARNING)
+    if options.dry_run:
+        with TemporaryDirectory() as passing:
+            options.folder = Path(passing)
+            return _run(options, plan, name, together)
     options.folder.mkdir(parents=True, exist_ok=True)
+    return _run(options, plan, name, together)
+
+
+def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | None:
     with together.first():
         latents, positive, negative = dataset(options, options.folder / f"{name}-data.pt")
     model = load_diffusion_model(str(options.model))
@@ -51,14 +65,19 @@ def run(options: Namespace) -> Path:
             latents = backbone.model.process_latent_in(latents)
         start = None if options.start is None else load_file(options.start)
         states = options.folder / f"{name}-states"
-        task = build(plan, backbone, latents, states, start, processes=together)
-        watch = Watch(
-            options.folder,
-            name,
-            lambda: task.metrics,
-            lambda: sketch(backbone.model, task.draw()),
-            options.sheet_minutes,
-        )
+        told = [positive, negative]
+        origin = {"model": Path(options.model).name, "prompts": fingerprint(told), "shape": shape}
+        task = build(plan, backbone, latents, states, start, together, origin)
+        if options.dry_run:
+            print("\n".join(f"{key}: {value}" for key, value in asdict(plan).items()))
+            loss, seconds = two_steps(task)
+            print(
+                f"loss {loss:.4f}; {plan.steps} steps of {plan.batch} samples, {seconds:.1f} s "
+                f"each: about {plan.steps * seconds / 60:.0f} minutes"
+            )
+            return None
+        sheet = (lambda: sketch(backbone.model, task.draw())) if sketched(backbone.model) else None
+        watch = Watch(options.folder, name, lambda: task.metrics, sheet, options.sheet_minutes)
         made = {**asdict(plan), "model": Path(options.model).name, "start": str(options.start)}
         budget = Budget(samples=plan.steps * plan.batch)
         checkpoint, writes = options.folder / f"{name}.pt", together.number == 0
@@ -70,6 +89,25 @@ def run(options: Namespace) -> Path:
         return path
 
 
+def fingerprint(value: Any) -> str:
+    """A short name of nested values and tensors, equal for equal ones."""
+    state = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if torch.is_tensor(part):
+            state.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        elif isinstance(part, dict):
+            add(sorted(part.items()))
+        elif isinstance(part, list | tuple):
+            for one in part:
+                add(one)
+        else:
+            state.update(repr(part).encode())
+
+    add(value)
+    return state.hexdigest()[:16]
+
+
 def read_plan(command: str, changes: list[str]) -> Plan:
     """A Plan with KEY=VALUE changes. Raises: ValueError naming what is not known, and what is."""
     known = {field.name: field.type for field in fields(Plan) if field.name != "method"}
@@ -78,7 +116,7 @@ def read_plan(command: str, changes: list[str]) -> Plan:
         key, _, value = change.partition("=")
         if key not in known:
             raise ValueError(f"there is no setting {key}. There are {', '.join(sorted(known))}")
-        value = value if known[key] is str else json.loads(value)
+        value = value if known[key] is str else plain(value)
         given[key] = tuple(value) if isinstance(value, list) else value
     return Plan(**given)
 

@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 LOG_STEPS = 25
+LOST_GRADIENTS = 25  # in a row, that are not finite, before a training counts as diverged
+# Settings that a training may go on with changed: its end, and its rates.
+FREE = ("steps", "muon_rate", "adam_rate", "proxy_rate", "head_rate", "rate")
 
 
 class Task(Protocol):
@@ -30,7 +33,8 @@ class Task(Protocol):
     batch: int
 
     def step(self, index: int, progress: float) -> Tensor:
-        """Update number `index` at `progress` in [0, 1] of the budget; the loss, detached."""
+        """Update number `index` at `progress` in [0, 1] of the budget; the loss, detached. One that
+        is not finite leaves the task as it was."""
 
     def state_dict(self) -> dict: ...
 
@@ -38,7 +42,7 @@ class Task(Protocol):
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss is no longer finite. The last good checkpoint is untouched."""
+    """The loss, or its gradient, is no longer finite. The state before that is kept."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     return torch.load(path, map_location=device, weights_only=True)
 
 
-def check_config(path: Path, made: dict, asked: dict) -> None:
-    """Raises: ValueError naming every setting in which a checkpoint's differs from what is asked.
+def check_config(path: Path, made: dict, asked: dict, free: Sequence[str] = ()) -> None:
+    """Raises: ValueError naming every setting in which a checkpoint's differs from what is asked,
+    but for the `free` ones.
 
     Checkpoints of before settings were kept have none: `made` is then empty, and taken as it is.
     """
-    odd = [key for key in {**made, **asked} if made and made.get(key) != asked.get(key)]
+    keys = [key for key in {**made, **asked} if key not in free]
+    odd = [key for key in keys if made and made.get(key) != asked.get(key)]
     if odd:
         parts = ", ".join(f"{key} {made.get(key)} (now {asked.get(key)})" for key in odd)
         raise ValueError(
@@ -115,23 +121,33 @@ def train(
     `config`: plain values that a checkpoint must have been made with. `watch(done, loss)` is called
     after every LOG_STEPS steps with their mean loss. `writes`: False in all of several processes
     but one, which then neither save nor watch.
-    Raises TrainingDiverged, naming the step, as soon as a loss is not finite; ValueError for a
-    checkpoint of another configuration.
+    Raises TrainingDiverged, naming the step, as soon as a loss is not finite, or when gradients
+    have not been for LOST_GRADIENTS steps; ValueError for a checkpoint of another configuration.
     """
     done, config = Done(), config or {}
     if path.exists():
         state = load_checkpoint(path)
-        check_config(path, state.get("config", {}), config)
+        check_config(path, state.get("config", {}), config, FREE)
         task.load_state_dict(state["task"])
         done = Done(**state["done"])
         log.info("%s: going on at step %d from %s", task.name, done.steps, path)
-    start, saved, losses = time.monotonic() - done.seconds, done.seconds, []
+    start, saved, losses, lost = time.monotonic() - done.seconds, done.seconds, [], 0
+
+    def save() -> None:
+        if writes:
+            state = {"task": task.state_dict(), "done": asdict(done), "config": config}
+            save_atomically(state, path)
+
     while budget.progress(done) < 1:
         losses.append(task.step(done.steps, budget.progress(done)).float().cpu())
-        if not math.isfinite(losses[-1]):
+        gradient = float(getattr(task, "metrics", {}).get("gradient", 0.0))
+        lost = 0 if math.isfinite(gradient) else lost + 1
+        if not math.isfinite(losses[-1]) or lost == LOST_GRADIENTS:
+            save()
+            what = f"loss {losses[-1]}" if lost < LOST_GRADIENTS else f"gradient {gradient}"
             raise TrainingDiverged(
-                f"{task.name}: loss {losses[-1]} at step {done.steps}; the last good state is kept "
-                f"in {path}: lower the learning rate and run the same command again"
+                f"{task.name}: {what} at step {done.steps}; the state before it is kept in {path}: "
+                "run the same command with a lower learning rate, and it goes on from there"
             )
         done.steps, done.samples = done.steps + 1, done.samples + task.batch
         done.seconds = time.monotonic() - start
@@ -142,9 +158,7 @@ def train(
             losses.clear()
             if watch is not None and writes:
                 watch(done, mean)
-        due = done.seconds - saved > save_seconds or budget.progress(done) >= 1
-        if due and writes:
-            state = {"task": task.state_dict(), "done": asdict(done), "config": config}
-            save_atomically(state, path)
+        if done.seconds - saved > save_seconds or budget.progress(done) >= 1:
+            save()
             saved = done.seconds
     return done

@@ -15,13 +15,17 @@ teacher differ at a noisy latent x' lies the way on which the student's x0 shoul
   still sees in x_i, noise' = x0 + v, and its own next timestep s' = s_{i+1}, so that x' is its next
   state x_i + (s_{i+1} − s_i)·v. The last step has s_{i+1} = 0, where nothing can be compared: see
   `last_sigma`, ours.
+- "levels", ours, between the two: fresh noise at the student's own next timestep.
 
-The proxy learns flow matching on the same latents, noised the same way: its velocity at (x', s') is
-to be noise' − x0. (With guidance in the student, x0 of its first step is no picture yet but the
-guided mean, in the miniature 2.8 times as wide as the data, and a proxy that saw it under fresh
-noise learned little else.) After each of the student's steps the proxy moves 2 % of the way to the
-student: IDA, SenseFlow, arXiv 2506.00523. Loss weights, rates and the ratio of updates are not
-published for SD3.5-Flash.
+The proxy learns flow matching on the student's latents under fresh noise, at the levels that are
+compared: only so is its velocity the one of the student's distribution, as the teacher's is of the
+data's. (Taught with the student's own noise it would learn to repeat the student: x0_fake = x0, and
+g would pull x0 towards what the teacher makes of it in a single step, a blur.) The heads judge
+latents noised in the same way. All this takes x0 for a picture, which it is at every step if the
+student's way is straight, and only at the last one if it is curved: see `chords` in `trajectory`.
+
+After each of the student's steps the proxy can move towards the student: IDA, SenseFlow, arXiv
+2506.00523. Loss weights, rates and the ratio of updates are not published for SD3.5-Flash.
 """
 
 from dataclasses import dataclass
@@ -30,34 +34,38 @@ import torch
 from torch import Tensor, nn
 
 from .adversarial import Heads, judge_loss, student_loss
-from .optimize import Adam, set_rates, update
-from .student import Sample, StudentConfig, StudentTask, per_sample
+from .backbone import Backbone
+from .optimize import Adam, restore, set_rates, update
+from .student import Batch, Sample, StudentConfig, StudentTask, per_sample
 
-RENOISE = ("shared", "random")
+RENOISE = ("shared", "levels", "random")
 
 
 @dataclass(frozen=True)
 class MatchConfig(StudentConfig):
+    """The student's rate is small: normalised, its gradient is as long where little is wrong as
+    where much is.
+    """
+
     renoise: str = "shared"
-    proxy_renoise: str | None = None  # of what the proxy learns from; None: as `renoise`
-    proxy_warmup: int = 15  # steps in which only the proxy and the heads learn
+    proxy_warmup: int = 150  # steps in which only the proxy and the heads learn
     last_sigma: float = 0.5  # s' of the last step, in its own s_i; 0: heads alone judge that step
     random_shift: float = 3.0  # of the uniform time that "random" draws s' from
     proxy_steps: int = 2  # updates of the proxy for each of the student (TTUR); DMD2 5, SwD 5
     proxy_rate: float = 2e-4
-    ida: float = 0.98  # share of itself that the proxy keeps after a step of the student
-    adversarial: float = 0.01  # weight of the heads in the student's loss; SwD 0.005 to 0.01
+    ida: float = 1.0  # share of itself that the proxy keeps after a step of the student
+    adversarial: float = 0.005  # weight of the heads in the student's loss; SwD 0.005 to 0.01
     head_rate: float = 1e-3
     restart: float = 0.005  # chance a step that a head starts anew
     branch: tuple[float, float] = (0.0, 1.0)  # sigmas (above, up to) whose steps are trained
     batch: int = 32
+    adam_rate: float = 2e-5
 
     def __post_init__(self):
         """Raises: ValueError for a renoise that there is not, or a branch without any step."""
         super().__post_init__()
-        for field, known in (("renoise", RENOISE), ("proxy_renoise", (*RENOISE, None))):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} is {getattr(self, field)!r}: expected one of {known}")
+        if self.renoise not in RENOISE:
+            raise ValueError(f"renoise is {self.renoise!r}: expected one of {', '.join(RENOISE)}")
         if not self.steps():
             raise ValueError(f"no step of {self.sigmas} starts in the branch {self.branch}")
 
@@ -82,8 +90,9 @@ class MatchTask(StudentTask):
     name = "match"
     starts_far = False
 
-    def __init__(self, config: MatchConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
+    def __init__(self, config: MatchConfig, backbone: Backbone, data: Batch, start=None, *rest):
+        super().__init__(config, backbone, data, start, *rest)
+        self.waits = config.proxy_warmup
         self.proxy = self.backbone.proxy(config)
         draw = torch.Generator().manual_seed(config.seed)
         self.heads = Heads(*self.backbone.features(), draw).to(self.device)
@@ -91,88 +100,101 @@ class MatchTask(StudentTask):
         self.head_optimizer = _build(self.adam, self.heads, config.head_rate)
         self.learn_proxy = self.processes.averaging(self.proxy, self._proxy_loss)
         self.learn_heads = self.processes.averaging(self.heads, self._judged)
+        self.before = self.student  # draws the states that the steps of a branch begin with
+        if config.steps()[0] > 0:
+            self.before = backbone.student(config, start).requires_grad_(False)
 
     def step(self, index: int, progress: float) -> Tensor:
+        """The loss; while the proxy learns alone, the proxy's."""
+        alone = index < self.waits
         rate = min((index + 1) / self.config.warmup, 1.0)
         set_rates([self.proxy_optimizer, self.head_optimizer], rate)
-        if index < self.config.proxy_warmup:
+        if alone:
+            draw = self._draw(index)
             with torch.no_grad():
-                draw = self._draw(index)
-                loss = self._loss(index, self._sample(index, draw), draw)
-                loss = self.processes.mean(loss)
+                self._make(index, self._sample(index, draw))
         else:
             loss = super().step(index, progress)
             self._follow()
         draw = torch.Generator().manual_seed((self.config.seed + 1) * 3_000_017 + index)
         for _ in range(self.config.proxy_steps):
-            self._teach_proxy(draw)
+            learned = self._teach_proxy(draw)
         if self.config.adversarial:
             self.heads.restart(self.config.restart, draw, self.head_optimizer)
-        return loss
+        return self.processes.mean(learned) if alone else loss
 
-    def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
+    def _make(self, index: int, sample: Sample) -> tuple[int, Tensor, Tensor]:
+        """The step that is trained, and x0 and v there; kept for the proxy, without gradient."""
         steps = self.config.steps()
         i = steps[index % len(steps)]
-        x = self._walk(sample, i)
+        x = self._walk(sample, i, self.before)
         v = self._velocity(self.student, x, self.sigmas[i], sample.told)
         x0 = x - self.sigmas[i] * v
-        self.made = (sample, i, x0.detach(), v.detach())
-        noise, sigma = self._renoise(self.config.renoise, i, x0, v, draw)
+        self.made = sample, i, x0.detach()
+        return i, x0, v
+
+    def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
+        i, x0, v = self._make(index, sample)
+        noise, sigma = self._renoise(i, x0, v, draw)
         noisy = torch.lerp(x0, noise, per_sample(sigma, x0))
-        x0_real, x0_fake, logits = self._compare(noisy, sigma, sample)
-        loss = torch.zeros((), device=x.device)
+        loss = torch.zeros((), device=x0.device)
         if sigma.all():
-            loss = matching_loss(x0, x0_real, x0_fake)
+            loss = matching_loss(x0, *self._compare(noisy.detach(), sigma, sample))
             self.metrics["matching"] = loss.detach()
         if self.config.adversarial:
-            fooled = student_loss(logits)
+            if self.config.renoise == "shared":
+                noise = self._noise_like(x0, draw)
+                noisy = torch.lerp(x0, noise, per_sample(sigma, x0))
+            with self.backbone.tapped(self.proxy) as features:
+                self._velocity(self.proxy, noisy, sigma, sample.told, frozen=True)
+            fooled = student_loss(self.heads(features))
             self.metrics["adversarial"] = fooled.detach()
             loss = loss + self.config.adversarial * fooled
         return loss
 
     def _renoise(
-        self, how: str, i: int, x0: Tensor, v: Tensor, draw: torch.Generator
+        self, i: int, x0: Tensor, v: Tensor, draw: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Noise like x0, and its level (n,), of what is made in step `i`; see the file's head."""
-        if how == "shared":
+        """Noise like x0, and its level (n,), at which step `i` is compared; see the file's head."""
+        if self.config.renoise == "shared":
+            return x0 + v, self._level(i, x0, draw)
+        return self._noise_like(x0, draw), self._level(i, x0, draw)
+
+    def _level(self, i: int, x0: Tensor, draw: torch.Generator) -> Tensor:
+        if self.config.renoise != "random":
             following = self.sigmas[i + 1] or self.config.last_sigma * self.sigmas[i]
-            return x0 + v, following.to(x0).expand(len(x0))
+            return following.to(x0).expand(len(x0))
         shift, whole = self.config.random_shift, len(x0) * self.processes.count
         time = self.processes.own(torch.rand(whole, generator=draw))
-        sigma = (shift * time / (1 + (shift - 1) * time)).clamp(0.02, 0.98)
-        return self._noise_like(x0, draw), sigma.to(x0)
+        return (shift * time / (1 + (shift - 1) * time)).clamp(0.02, 0.98).to(x0)
 
-    def _compare(
-        self, noisy: Tensor, sigma: Tensor, sample: Sample
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x0 as teacher and proxy see it, without gradient, and the heads' logits, with one."""
-        with self.backbone.tapped(self.proxy) as features:
-            fake = self._velocity(self.proxy, noisy, sigma, sample.told, frozen=True)
-        logits = self.heads(features)
-        x, s = noisy.detach(), per_sample(sigma, noisy)
-        return x - s * self._guided(x, sigma, sample), x - s * fake.detach(), logits
+    @torch.no_grad()
+    def _compare(self, x: Tensor, sigma: Tensor, sample: Sample) -> tuple[Tensor, Tensor]:
+        """x0 as teacher and proxy see it in x."""
+        s, fake = per_sample(sigma, x), self._velocity(self.proxy, x, sigma, sample.told)
+        return x - s * self._guided(x, sigma, sample), x - s * fake
 
     def _follow(self) -> None:
         """IDA: the proxy moves towards the student."""
         self.backbone.follow(self.proxy, self.student, 1 - self.config.ida)
 
-    def _teach_proxy(self, draw: torch.Generator) -> None:
-        """One update of the proxy on the student's last latents, and one of the heads."""
-        sample, i, x0, v = self.made
-        how = self.config.proxy_renoise or self.config.renoise
-        noise, sigma = self._renoise(how, i, x0, v, draw)
+    def _teach_proxy(self, draw: torch.Generator) -> Tensor:
+        """One update of the proxy on the student's last latents, and one of the heads; the
+        proxy's loss."""
+        sample, i, x0 = self.made
+        sigma, noise = self._level(i, x0, draw), self._noise_like(x0, draw)
         level = per_sample(sigma, x0)
         loss = self.learn_proxy(torch.lerp(x0, noise, level), sigma, noise - x0, sample)
-        update(loss, [self.proxy_optimizer], self.config.clip)
-        self.metrics["proxy"] = loss.detach()
         if self.config.adversarial:
-            fresh = self._noise_like(x0, draw)
+            noisy = torch.lerp(sample.latents, self._noise_like(x0, draw), level)
             with torch.no_grad(), self.backbone.tapped(self.proxy) as real:
-                noisy = torch.lerp(sample.latents, fresh, level)
                 self._velocity(self.proxy, noisy, sigma, sample.told)
             judged = self.learn_heads(real, [feature.detach() for feature in self.made_features])
             update(judged, [self.head_optimizer], self.config.clip)
             self.metrics["judge"] = judged.detach()
+        update(loss, [self.proxy_optimizer], self.config.clip)
+        self.metrics["proxy"] = loss.detach()
+        return loss.detach()
 
     def _proxy_loss(self, x: Tensor, sigma: Tensor, velocity: Tensor, sample: Sample) -> Tensor:
         """Flow matching; what the blocks made of x is left in `made_features` for the heads."""
@@ -193,8 +215,12 @@ class MatchTask(StudentTask):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        for part in ("proxy", "heads", "proxy_optimizer", "head_optimizer"):
-            getattr(self, part).load_state_dict(state[part])
+        self.proxy.load_state_dict(state["proxy"])
+        self.heads.load_state_dict(state["heads"])
+        restore(
+            [self.proxy_optimizer, self.head_optimizer],
+            [state["proxy_optimizer"], state["head_optimizer"]],
+        )
 
 
 def _build(adam: Adam, network: nn.Module, rate: float) -> torch.optim.Optimizer:

@@ -33,19 +33,3 @@ def search(
 ) -> dict[float, float]:
     """The score of every ratio's merge; the best is `max(scores, key=scores.get)`."""
     return {ratio: score(merge(low, high, ratio)) for ratio in ratios}
-
-
-def soften(
-    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], ratio: float
-) -> dict[str, Tensor]:
-    """(1 − ratio)·base + ratio·tuned; what the base lacks, or where it is zero, stays as tuned.
-
-    A network that was tuned to do more, here to read a T5, keeps more of what it could before.
-    Source: WiSE-FT, Wortsman et al. 2021, arXiv 2109.01903, section 3.
-    """
-    softened = dict(tuned)
-    for name, value in base.items():
-        if value.is_floating_point() and name in tuned:
-            between = torch.lerp(value, tuned[name], ratio)
-            softened[name] = torch.where(value == 0, tuned[name], between)
-    return softened

@@ -77,6 +77,15 @@ def set_rates(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None
             group["lr"] = share * group["peak"]
 
 
+def restore(optimizers: Iterable[torch.optim.Optimizer], states: Iterable[dict]) -> None:
+    """Go on from the optimizers' states; the rates are those that they have now."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        peaks = [group["peak"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["peak"] = peak
+
+
 def update(loss: Tensor, optimizers: Iterable[torch.optim.Optimizer], clip: float) -> Tensor:
     """One step down the gradient of `loss`, its norm clipped; the norm before that. None is made
     down a gradient that is not finite.

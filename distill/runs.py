@@ -27,7 +27,7 @@ from .backbone import Copies
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
 from .memory import memory_needed
-from .merge import merge, soften
+from .merge import merge
 from .model import FlowModel, ModelConfig
 from .reflow import Mend
 from .style import StyleConfig, StyleTask
@@ -70,9 +70,16 @@ class Dataset(Protocol):
         """The flow model of that name among the GGUF files that ship. Raises: FileNotFoundError."""
 
     def evaluate(
-        self, model: FlowModel, sigmas: Tensor, cfg: float, captions: int, encoders: str
+        self,
+        model: FlowModel,
+        sigmas: Tensor,
+        cfg: float,
+        captions: int,
+        encoders: str,
+        choosing: bool = False,
     ) -> dict[str, float]:
-        """Scores by name, "overall" among them."""
+        """Scores by name, "overall" among them; on other captions and noise where something is
+        chosen by them."""
 
     def quantised(self, model: FlowModel, recipe: str) -> FlowModel:
         """The model as a file of one of quant's recipes holds it."""
@@ -113,12 +120,15 @@ def read_run(config: str | Path, name: str | None = None, changes: Sequence[str]
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.json")))
         raise ValueError(f"{path} does not exist. Configurations that come with it: {known}")
-    given = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        given = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object: {error}") from error
     settings = given.pop("settings", {})
     for change in changes:
         key, _, value = change.partition("=")
         place = given if key in ("samples", "teacher", "start") else settings
-        place[key] = json.loads(value) if value[:1] in "[-.0123456789tfn" else value
+        place[key] = plain(value)
     stage = given.get("stage")
     if stage not in SETTINGS:
         raise ValueError(f"{path}: stage is {stage!r}, expected one of {', '.join(SETTINGS)}")
@@ -128,7 +138,30 @@ def read_run(config: str | Path, name: str | None = None, changes: Sequence[str]
             f"{path}: {stage} has no setting {sorted(odd)[0]}. It has {', '.join(sorted(known))}"
         )
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    if missing := {"samples"} - set(given):
+        raise ValueError(f"{path} does not say {missing.pop()}: how many to train on")
+    if odd := set(given) - {field.name for field in fields(Run)}:
+        raise ValueError(f"{path}: a run has no {sorted(odd)[0]}; settings stand under settings")
     return Run(name=name or path.stem, settings=SETTINGS[stage](**settings), **given)
+
+
+def kept_run(folder: Path, name: str) -> Run:
+    """A run as its checkpoint has it. Raises: FileNotFoundError; ValueError for a merge's."""
+    config = dict(checkpoint(folder, name)["config"])
+    stage, teacher, start = (config.pop(key, None) for key in ("stage", "teacher", "start"))
+    if stage not in SETTINGS:
+        raise ValueError(f"{folder / name}.pt was not trained but made of others: it is a {stage}")
+    known = {field.name for field in fields(SETTINGS[stage])}
+    settings = SETTINGS[stage](**{key: config[key] for key in known & set(config)})
+    return Run(name, stage, settings, 0, teacher, start)
+
+
+def plain(value: str) -> Any:
+    """A value from the command line: JSON where it is that, else the text itself."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task:
@@ -160,7 +193,9 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
         return dataset.mended(latents, _number(settings, number))
 
     states = folder / f"{settings.states or run.name}-states"
-    return TrajectoryTask(*given, folder=states, mend=mend)
+    trained = checkpoint(folder, run.teacher).get("done", {}).get("samples")
+    origin = {"teacher": run.teacher, "teacher's samples": trained}
+    return TrajectoryTask(*given, folder=states, mend=mend, origin=origin)
 
 
 def _number(settings, index: int) -> int:
@@ -228,8 +263,10 @@ def branches(run: Run) -> tuple[Run, Run]:
 
 def merge_runs(folder: Path, run: Run, ratio: float) -> Path:
     """Write the merge of a run's two branches, (1 − ratio)·low + ratio·high, as a run NAME."""
-    low, high = (weights_of(folder, branch.name) for branch in branches(run))
-    config = run.described() | {"stage": "merge", "ratio": ratio}
+    parts = [branch.name for branch in branches(run)]
+    low, high = (weights_of(folder, part) for part in parts)
+    config = checkpoint(folder, parts[0])["config"] | {"stage": "merge", "ratio": ratio}
+    config.pop("branch")
     path = folder / f"{run.name}.pt"
     save_atomically({"task": {"weights": merge(low, high, ratio)}, "config": config}, path)
     return path
@@ -246,16 +283,6 @@ def adopt_run(folder: Path, run: Run, shipped: str, dataset: Dataset) -> Path:
     state = {"task": {"ema": model.state_dict()}, "config": config, "done": {}}
     path = folder / f"{run.name}.pt"
     save_atomically(state, path)
-    return path
-
-
-def soften_run(folder: Path, name: str, tuned: str, base: str, ratio: float) -> Path:
-    """Write a teacher between the one that it was tuned from and itself, as a run NAME."""
-    state, before = checkpoint(folder, tuned), checkpoint(folder, base)
-    ema = soften(before["task"]["ema"], state["task"]["ema"], ratio)
-    config = state["config"] | {"base": base, "ratio": ratio}
-    path = folder / f"{name}.pt"
-    save_atomically({"task": {"ema": ema}, "config": config, "done": state["done"]}, path)
     return path
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..flow import check_sigmas
 from .backbone import TEACHER, Backbone
-from .optimize import Adam, average, build_optimizers, set_rates, update, warm
+from .optimize import Adam, average, build_optimizers, restore, set_rates, update, warm
 from .several import ONE, One
 
 Batch = Callable[[int], tuple[Tensor, Any]]
@@ -38,7 +38,7 @@ class StudentConfig:
     drop_t5: float = 0.2
     omit_t5: float = 0.5
     short_context: int = 16  # tokens kept in most steps
-    full_every: int = 16  # steps
+    full_every: int = 16  # steps, on the mean, from one that keeps all 77 to the next
     seed: int = 0
 
     def __post_init__(self):
@@ -64,6 +64,7 @@ class StudentTask:
     """
 
     name = "student"
+    waits = 0  # steps before the student itself begins to learn
     starts_far = True  # from where it goes: its average then begins as a mean of all there is
 
     def __init__(
@@ -92,7 +93,8 @@ class StudentTask:
     def step(self, index: int, progress: float) -> Tensor:
         """A loss that is not finite changes nothing."""
         config = self.config
-        rate = min((index + 1) / config.warmup, 1.0, (1 - progress) / (1 - config.plateau))
+        own = index - self.waits
+        rate = min((own + 1) / config.warmup, 1.0, (1 - progress) / (1 - config.plateau))
         set_rates(self.optimizers, rate)
         draw = self._draw(index)
         loss = self.learn(index, self._sample(index, draw), draw)
@@ -100,7 +102,7 @@ class StudentTask:
         if not seen.isfinite():
             return seen
         self.metrics["gradient"] = update(loss, self.optimizers, config.clip)
-        decay = warm(config.ema, index) if self.starts_far else config.ema
+        decay = warm(config.ema, own) if self.starts_far else config.ema
         average(self.ema, self.student.state_dict(), decay)
         return seen
 
@@ -114,7 +116,7 @@ class StudentTask:
     def _sample(self, index: int, draw: torch.Generator) -> Sample:
         latents, prompts = self.data(index)
         own = self.processes.own
-        told, untold = self.backbone.read(own(prompts), index, self.config, draw)
+        told, untold = self.backbone.read(own(prompts), self.config, draw)
         noise = own(torch.randn(latents.shape, generator=draw))
         latents = own(latents)
         return Sample(latents.to(self.device), noise.to(self.device), told, untold)
@@ -142,11 +144,11 @@ class StudentTask:
         return torch.lerp(untold, told, self.config.guidance)
 
     @torch.no_grad()
-    def _walk(self, sample: Sample, steps: int) -> Tensor:
-        """The student's own state after so many of its steps."""
-        x = sample.noise
+    def _walk(self, sample: Sample, steps: int, network: nn.Module | None = None) -> Tensor:
+        """The student's own state after so many of its steps; those of another `network`'s."""
+        x, network = sample.noise, network or self.student
         for sigma, following in zip(self.sigmas[:steps], self.sigmas[1:], strict=False):
-            x = x + (following - sigma) * self._velocity(self.student, x, sigma, sample.told)
+            x = x + (following - sigma) * self._velocity(network, x, sigma, sample.told)
         return x
 
     def draw(self) -> Tensor:
@@ -176,8 +178,7 @@ class StudentTask:
         self.student.load_state_dict(state["student"], strict=False)
         for name, value in self.ema.items():
             value.copy_(state["ema"][name])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        restore(self.optimizers, state["optimizers"])
 
 
 def per_sample(sigma: Tensor, x: Tensor) -> Tensor:

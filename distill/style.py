@@ -57,7 +57,7 @@ class StyleTask(StudentTask):
         """Batch `number`: noise, and the picture that the student makes of it, in the new look."""
         prompts, restyle = self.data(number)
         draw = torch.Generator().manual_seed((self.config.seed + 1) * 2_000_003 + number)
-        told, untold = self.backbone.read(prompts, number, self.config, draw)
+        told, untold = self.backbone.read(prompts, self.config, draw)
         noise = torch.randn(self.config.batch, *self.shape, generator=draw).to(self.device)
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:

@@ -136,8 +136,8 @@ def lengths(folder: Path) -> str:
     """How long each run was trained: the last line of its losses."""
     lines = []
     for path in sorted(folder.glob("*.jsonl")):
-        if path.name not in (EVALUATIONS, NOISE, TIMES):
-            row = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+        if path.name not in (EVALUATIONS, NOISE, TIMES) and (logged := rows(path)):
+            row = logged[-1]
             minutes = f"{row['seconds'] / 60:.0f}"
             lines.append([path.stem, str(row["step"]), str(row["samples"]), minutes])
     return markdown(["run", "steps", "samples", "minutes"], lines)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..host import modules
 from .dropout import drop_encoders
 from .model import CLIP, START, T5, T5_END, FlowModel, ModelConfig, empty_prompt
-from .optimize import HIDDEN, average, build_optimizers, set_rates, update, warm
+from .optimize import HIDDEN, average, build_optimizers, restore, set_rates, update, warm
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -93,7 +93,8 @@ class TeacherTask:
         set_rates(self.optimizers, rate)
         loss = self._loss(index, progress)
         self.metrics["gradient"] = update(loss, self.optimizers, config.clip)
-        average(self.ema, self.model.state_dict(), warm(config.ema, index))
+        if loss.isfinite():
+            average(self.ema, self.model.state_dict(), warm(config.ema, index))
         return loss.detach()
 
     def _loss(self, index: int, progress: float) -> Tensor:
@@ -148,8 +149,7 @@ class TeacherTask:
         self.model.load_state_dict(state["model"])
         for name, value in state["ema"].items():
             self.ema[name].copy_(value)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        restore(self.optimizers, state["optimizers"])
 
 
 def compile_blocks(model: FlowModel) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ class TrajectoryTask(StudentTask):
     """Stage 1 as a task for `distill.loop.train`; trajectories are kept in `folder`.
 
     `mend(number, latents)` gives the latents of the right pictures nearest to those that the
-    teacher made of the prompts of batch `number`.
+    teacher made of the prompts of batch `number`. `origin`: plain values that say which teacher
+    and which prompts those are; trajectories of others are refused.
     """
 
     name = "trajectory"
@@ -79,12 +81,13 @@ class TrajectoryTask(StudentTask):
         *args,
         folder: Path,
         mend: Callable[[int, Tensor], Tensor] | None = None,
+        origin: dict[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(config, *args, **kwargs)
         if config.mend and mend is None:
             raise ValueError("mend is on, but nothing here knows what a right picture is")
-        self.folder, self.mend = folder, mend
+        self.folder, self.mend, self.origin = folder, mend, origin or {}
         each = max(1, round(config.teacher_steps / (len(self.sigmas) - 1)))
         self.fine = [torch.linspace(a, b, 1 + each) for a, b in pairwise(self.sigmas.tolist())]
 
@@ -115,7 +118,7 @@ class TrajectoryTask(StudentTask):
         the teacher's, changed as the configuration has it."""
         share = f"-{self.processes.number}" if self.processes.count > 1 else ""
         path = self.folder / f"{number:05d}{share}.pt"
-        made = {key: getattr(self.config, key) for key in DECISIVE}
+        made = {key: getattr(self.config, key) for key in DECISIVE} | self.origin
         if self.processes.count > 1:
             made["processes"] = self.processes.count
         kept = load_checkpoint(path) if path.exists() else None

@@ -21,7 +21,7 @@ class Watch:
     """Called by `loop.train`: writes below `folder`, named after the run.
 
     `metrics()` gives what else there is to say of the last step, `sheet()` a picture (h, w, 3)
-    uint8, drawn every `sheet_minutes`.
+    uint8, drawn every `sheet_minutes`; None: no sheets.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Watch:
         folder: Path,
         name: str,
         metrics: Callable[[], Mapping[str, Tensor]],
-        sheet: Callable[[], np.ndarray],
+        sheet: Callable[[], np.ndarray] | None,
         sheet_minutes: float = 5.0,
     ):
         self.log, self.sheets = folder / f"{name}.jsonl", folder / "sheets" / name
@@ -50,7 +50,7 @@ class Watch:
             for name, value in values.items():
                 self.events.add_scalar(name, value, done.steps)
             self.events.flush()
-        if time.monotonic() - self.drawn > self.pause:
+        if self.sheet is not None and time.monotonic() - self.drawn > self.pause:
             self.draw(done)
 
     def draw(self, done: Done) -> None:

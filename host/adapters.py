@@ -75,6 +75,8 @@ class LoRASet(nn.Module):
     def take(self, state: Mapping[str, Tensor]) -> None:
         """Raises: ValueError naming the first factor that does not fit."""
         for name, layer in zip(self.names, self.layers, strict=True):
+            rank = len(layer.down)
+            scale = float(state.get(f"{name}.alpha", rank)) / rank  # ours have none
             for part, own in (("lora_up", layer.up), ("lora_down", layer.down)):
                 given = state.get(f"{name}.{part}.weight")
                 if given is None or given.shape != own.shape:
@@ -83,7 +85,7 @@ class LoRASet(nn.Module):
                         f"the LoRA to start from has {has} for {name}.{part}.weight, expected "
                         f"{tuple(own.shape)}: start from one of the same model and rank"
                     )
-                own.copy_(given)
+                own.copy_(scale * given if part == "lora_up" else given)
 
 
 class Switch:

@@ -35,13 +35,19 @@ class Progress:
         self.bar.update_absolute(done, self.steps, picture)
 
 
-def sketch(model, latents: Tensor) -> np.ndarray:
-    """The first of `latents`, in a BaseModel's space, as the host sketches a latent: (h, w, 3)
-    uint8, a pixel for each place of the latent. Raises: ValueError where it cannot.
-    """
+def sketched(model) -> bool:
+    """Whether the host knows how to sketch a BaseModel's latents; the log says so if not."""
     form = model.latent_format
     if form.latent_rgb_factors is None:
-        raise ValueError(f"ComfyUI has no sketch of {type(form).__name__} latents")
+        log.info("ComfyUI has no sketch of %s latents: none are drawn.", type(form).__name__)
+    return form.latent_rgb_factors is not None
+
+
+def sketch(model, latents: Tensor) -> np.ndarray:
+    """The first of `latents`, in a BaseModel's space, as the host sketches a latent: (h, w, 3)
+    uint8, a pixel for each place of the latent. For a model that is `sketched`.
+    """
+    form = model.latent_format
     previewer = latent_preview.Latent2RGBPreviewer(
         form.latent_rgb_factors, form.latent_rgb_factors_bias, form.latent_rgb_factors_reshape
     )

@@ -55,7 +55,7 @@ class Adapters:
     def proxy(self, config) -> LoRASet:
         return LoRASet(self.layers, config.rank, config.seed).to(self.device)
 
-    def read(self, prompts: Sequence[int], index, config, draw) -> tuple[list, list]:
+    def read(self, prompts: Sequence[int], config, draw) -> tuple[list, list]:
         told = [self._tell(self.positive[n], "positive") for n in prompts]
         return told, [self.negative] * len(prompts)
 

@@ -15,19 +15,26 @@ from fewstep.distill.loop import (
 
 
 class Slope:
-    """One weight that learns a noisy 3; `breaks` makes the loss of that step NaN."""
+    """One weight that learns a noisy 3; `breaks` makes the loss of that step NaN, and `cliffs` the
+    gradients from that step on.
+    """
 
     name, batch = "slope", 2
 
-    def __init__(self, breaks=None):
+    def __init__(self, breaks=None, cliffs=None):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.AdamW([self.weight], lr=0.1)
-        self.breaks, self.seen = breaks, []
+        self.breaks, self.cliffs, self.seen, self.metrics = breaks, cliffs, [], {}
 
     def step(self, index, progress):
         self.seen.append((index, progress))
         target = 3 + torch.randn(1, generator=torch.Generator().manual_seed(index))
         loss = (self.weight - target).square().mean() * (math.nan if index == self.breaks else 1)
+        if index == self.breaks:
+            return loss.detach()
+        if self.cliffs is not None and index >= self.cliffs:
+            self.metrics["gradient"] = torch.tensor(math.inf)
+            return loss.detach()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.param_groups[0]["lr"] = 0.1 * (1 - progress)
@@ -53,13 +60,24 @@ def test_goes_on_to_the_very_same_weights(tmp_path):
     assert (done.steps, done.samples) == (20, 40)
 
 
-def test_names_the_step_of_a_nan_and_keeps_the_last_good_state(tmp_path):
+@pytest.mark.parametrize("save_seconds", [0, 1000])
+def test_names_the_step_of_a_nan_and_keeps_the_last_good_state(tmp_path, save_seconds):
     path = tmp_path / "slope.pt"
-    with pytest.raises(TrainingDiverged, match=r"slope: .* step 5.*slope\.pt"):
-        train(Slope(breaks=5), path, Budget(samples=40), save_seconds=0)
+    with pytest.raises(TrainingDiverged, match=r"slope: loss nan at step 5.*slope\.pt"):
+        train(Slope(breaks=5), path, Budget(samples=40), save_seconds, {"rate": 1.0})
+    train(Slope(), path, Budget(samples=12), config={"rate": 0.5})  # as the message has it
+    train(broken := Slope(breaks=6), path, Budget(samples=12), config={"rate": 0.5})
+    assert broken.seen == []
     state = load_checkpoint(path)
-    assert state["done"]["steps"] == 5
+    assert state["done"]["steps"] == 6
     assert torch.isfinite(state["task"]["weight"]).all()
+
+
+def test_gradients_that_stay_infinite_are_named(tmp_path):
+    task = Slope(cliffs=3)
+    with pytest.raises(TrainingDiverged, match="gradient inf at step 27"):
+        train(task, tmp_path / "slope.pt", Budget(samples=400))
+    assert load_checkpoint(tmp_path / "slope.pt")["done"]["steps"] == 27
 
 
 def test_a_finished_training_is_left_alone(tmp_path):

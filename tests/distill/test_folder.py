@@ -45,6 +45,25 @@ def test_a_picture_without_words_is_named(tmp_path, caption, state):
         folder.captioned(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.jpg"])
+def test_a_picture_cut_off_is_named(tmp_path, name):
+    noise = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(tmp_path / name)
+    whole = (tmp_path / name).read_bytes()
+    for length in (len(whole) // 2, 30, 0):
+        (tmp_path / name).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"{name} is no picture that can be read: replace"):
+            folder.read_picture(tmp_path / name, None, 16)
+
+
+def test_words_in_another_encoding_are_named(tmp_path):
+    picture(tmp_path / "a.png", caption=None)
+    (tmp_path / "a.txt").write_bytes("süß".encode("latin-1"))
+    for read in (lambda: folder.captioned(tmp_path), lambda: folder.prompts(tmp_path / "a.txt")):
+        with pytest.raises(ValueError, match=r"a\.txt is not in UTF-8"):
+            read()
+
+
 def test_odd_sizes_are_cropped_in_the_middle_and_said(tmp_path, caplog):
     odd = Image.new("RGB", (37, 34), (0, 0, 255))
     odd.paste((255, 0, 0), (2, 1, 34, 33))

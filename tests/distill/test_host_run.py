@@ -1,6 +1,7 @@
 """The stages on a MODEL, from files: the demo's, which ship with the pack."""
 
 import json
+import re
 from argparse import Namespace
 
 import pytest
@@ -27,7 +28,7 @@ def options(folder, command="trajectory", settings=("steps=2", "guidance=2"), **
         "model": MODEL, "text_encoder": [MODELS / "text_encoders" / "fewstep-demo-clip-l.gguf"],
         "vae": MODELS / "vae" / "fewstep-demo-vae.gguf", "clip_type": "sd3", "images": None,
         "prompts": folder / "prompts.txt", "size": (32, 32), "negative": "", "start": None,
-        "sheet_minutes": 5.0, "device": "cpu",
+        "sheet_minutes": 5.0, "device": "cpu", "dry_run": False,
     }  # fmt: skip
     (folder / "prompts.txt").write_text("a red circle on a blue background\na green square")
     return Namespace(**(given | others))
@@ -51,6 +52,25 @@ def test_prompts_become_a_lora_and_a_second_run_goes_on(tmp_path, caplog):
         options(tmp_path, settings=ALL, text_encoder=None)
     )  # nothing is encoded again
     assert all(torch.equal(value, lora[name]) for name, value in load_file(again).items())
+
+
+def test_a_dry_run_tells_what_a_run_would_take_and_keeps_nothing(tmp_path, capsys):
+    assert host_run.run(options(tmp_path, settings=["steps=60"], dry_run=True)) is None
+    assert re.search(r"rank: 2\n.*60 steps of 1 samples, \d", capsys.readouterr().out, re.S)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_trajectories_of_other_prompts_are_refused(tmp_path):
+    host_run.run(options(tmp_path))
+    (tmp_path / "run-data.pt").unlink()  # as its own refusal says
+    with pytest.raises(ValueError, match=r"run-states/00000\.pt .*prompts"):
+        host_run.run(options(tmp_path, settings=["steps=4", "guidance=2"], negative="blurred"))
+
+
+def test_a_run_is_made_longer(tmp_path):
+    host_run.run(options(tmp_path))
+    host_run.run(options(tmp_path, settings=["steps=4", "guidance=2"]))
+    assert load_checkpoint(tmp_path / "run.pt")["done"]["steps"] == 4
 
 
 def test_a_run_leaves_losses_and_sketches(tmp_path, monkeypatch):

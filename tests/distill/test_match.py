@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fewstep.distill.adversarial import Heads, judge_loss, student_loss, tapped
-from fewstep.distill.match import MatchConfig, matching_loss
+from fewstep.distill.match import RENOISE, MatchConfig, matching_loss
 from fewstep.distill.merge import merge, search
 from fewstep.tests.distill import toys
 
@@ -24,11 +24,11 @@ def test_nothing_moves_where_teacher_and_proxy_agree():
 
 
 def renoised(how, i, **changes):
-    task = toys.match(**changes)
+    task = toys.match(renoise=how, **changes)
     x, v = torch.randn(2, 4, *toys.SHAPE)
     sigma = task.sigmas[i]
     x0 = x - sigma * v
-    noise, s = task._renoise(how, i, x0, v, torch.Generator().manual_seed(0))
+    noise, s = task._renoise(i, x0, v, torch.Generator().manual_seed(0))
     return x, v, sigma, torch.lerp(x0, noise, s[:, None, None, None]), s
 
 
@@ -48,12 +48,17 @@ def test_the_last_step_is_compared_on_its_way(share):
 
 
 def test_random_renoising_draws_noise_and_level_anew():
-    _, v, _, _, s = renoised("random", 1)
+    *_, s = renoised("random", 1)
     assert len(s.unique()) == 4 and (s > 0).all() and (s < 1).all()
-    task = toys.match()
-    x0 = torch.zeros(4, *toys.SHAPE)
-    noise, _ = task._renoise("random", 1, x0, v, torch.Generator().manual_seed(0))
-    assert not torch.equal(noise, v) and (noise.std() - 1).abs() < 0.05
+
+
+@pytest.mark.parametrize("how", ["random", "levels"])
+def test_noise_is_drawn_anew(how):
+    task = toys.match(renoise=how)
+    x0, v = torch.zeros(2, 4, *toys.SHAPE)
+    noise, s = task._renoise(1, x0, v, torch.Generator().manual_seed(0))
+    assert (noise.std() - 1).abs() < 0.05
+    assert torch.equal(s, torch.full((4,), 0.75)) == (how == "levels")  # the student's next one
 
 
 def test_gradient_of_a_step_is_the_hand_computed_one():
@@ -109,7 +114,7 @@ def test_proxy_follows_a_lora_too():
 
 def test_proxy_learns_the_students_latents():
     frozen = {"adam_rate": 0.0, "ida": 1.0, "adversarial": 0.0}
-    task = toys.match(**frozen, proxy_renoise="random", proxy_rate=2e-3, proxy_steps=4)
+    task = toys.match(**frozen, renoise="random", proxy_rate=2e-3, proxy_steps=4)
     losses = []
     for i in range(40):
         task.step(4 * i, 0.0)  # always of the first step
@@ -132,15 +137,36 @@ def test_the_proxy_learns_alone_at_first():
     assert not torch.equal(task.student.state_dict()[name], student[name])
 
 
-@pytest.mark.parametrize(("how", "renoise"), [(None, "shared"), ("random", "random")])
-def test_the_proxy_sees_what_the_student_does_unless_told(monkeypatch, how, renoise):
-    task, seen = toys.match(proxy_renoise=how), []
-    plain = task._renoise
+def test_the_students_rate_rises_when_its_turn_has_come():
+    task = toys.match(proxy_warmup=3, warmup=4)
+    for i in range(5):
+        task.step(i, 0.0)
+        student = task.optimizers[0].param_groups[0]
+        assert student["lr"] == pytest.approx(student["peak"] * (1 if i < 3 else (i - 2) / 4))
+        proxy = task.proxy_optimizer.param_groups[0]
+        assert proxy["lr"] == pytest.approx(proxy["peak"] * min(1, (i + 1) / 4))
+
+
+@pytest.mark.parametrize("renoise", RENOISE)
+def test_proxy_and_heads_learn_from_fresh_noise_at_the_levels_compared(monkeypatch, renoise):
+    """So that the proxy's velocity is the student's distribution's, and no repetition of it."""
+    task = toys.match(renoise=renoise, proxy_steps=2)
+    seen, plain = [], task._velocity
     monkeypatch.setattr(
-        task, "_renoise", lambda kind, *rest: seen.append(kind) or plain(kind, *rest)
+        task,
+        "_velocity",
+        lambda n, x, s, *rest, **k: seen.append((n, x, s)) or plain(n, x, s, *rest, **k),
     )
-    task.step(0, 0.0)
-    assert seen == ["shared", renoise]
+    task.step(1, 0.0)
+    asked = [(x, s) for network, x, s in seen if network is task.proxy]
+    taught = asked[-4:]  # twice what the student made and what is real
+    assert len({tuple(x.flatten().tolist()) for x, _ in taught}) == 4
+    sample, i, x0 = task.made
+    for (x, sigma), what in zip(taught, [x0, sample.latents] * 2, strict=True):
+        s = sigma.expand(4)[:, None, None, None]
+        noise = (x - (1 - s) * what) / s
+        assert (noise.mean().abs() < 0.1) and (noise.std() - 1).abs() < 0.05
+        assert torch.allclose(s, task.sigmas[i + 1].expand_as(s)) == (renoise != "random")
 
 
 def test_only_the_branchs_steps_are_trained():
@@ -149,6 +175,24 @@ def test_only_the_branchs_steps_are_trained():
     task = toys.match(branch=(0.0, 0.5))
     task.step(0, 0.0)
     assert task.made[1] == 3
+
+
+def test_a_branch_begins_where_the_student_was_before():
+    """Its own network learns the last step alone, and must not draw the states before it."""
+    task = toys.match(branch=(0.0, 0.5))
+    sample = task._sample(0, torch.Generator().manual_seed(0))
+    task._make(0, sample)
+    before = task.made[2]
+    for name, parameter in task.student.named_parameters():
+        if "final_layer" not in name:
+            parameter.data.zero_()
+    x = task._walk(sample, 3, task.before)
+    v = task._velocity(task.student, x, task.sigmas[3], sample.told)
+    task._make(0, sample)
+    assert torch.equal(task.made[2], (x - task.sigmas[3] * v).detach())
+    assert not torch.equal(task.made[2], before)
+    high = toys.match(branch=(0.5, 1.0))
+    assert high.before is high.student
 
 
 @pytest.mark.parametrize("changes", [{"renoise": "often"}, {"branch": (0.0, 0.2)}])

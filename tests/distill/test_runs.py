@@ -38,9 +38,10 @@ class Toy:
     def sheet(self, model, sigmas, cfg):
         return np.full((8, 8, 3), 128, np.uint8)
 
-    def evaluate(self, model, sigmas, cfg, captions, encoders):
+    def evaluate(self, model, sigmas, cfg, captions, encoders, choosing=False):
         score = model.mmdit.final_layer.linear.weight.norm().item()
-        return {"overall": score, "right": score / 2, "steps drawn": len(sigmas) - 1}
+        chosen = {"choosing": float(choosing), "steps drawn": len(sigmas) - 1}
+        return {"overall": score, "right": score / 2, **chosen}
 
     def quantised(self, model, recipe):
         model.mmdit.final_layer.linear.weight.mul_(int(recipe.removeprefix("flash-")))
@@ -120,6 +121,7 @@ def test_every_stage_runs_and_goes_on(folder, capsys):
     commands.merge(options(folder, "third", "merge", ratio=None, **scored), Toy())
     rows = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
     assert [row["ratio"] for row in rows] == list(commands.RATIOS)
+    assert all(row["choosing"] for row in rows)  # other captions than those that are reported
     best = float(re.search(r"ratio ([\d.]+) of the high branch", capsys.readouterr().out)[1])
     (chosen,) = (row["overall"] for row in rows if row["ratio"] == best)
     assert chosen == max(row["overall"] for row in rows)
@@ -128,6 +130,8 @@ def test_every_stage_runs_and_goes_on(folder, capsys):
     for name, value in merged.items():
         assert torch.allclose(value, torch.lerp(low[name], high[name], best)), name
     assert any(not torch.equal(low[name], high[name]) for name in low)
+    config = load_checkpoint(folder / "third.pt")["config"]
+    assert (config["stage"], config["ema"], config["start"]) == ("merge", 0.5, "second")
 
 
 def test_a_run_leaves_losses_and_sheets(folder, monkeypatch):
@@ -209,25 +213,6 @@ def test_a_student_on_chords_says_that_it_draws_in_fewer_steps(folder):
         assert preset.label == "FewStep few" and preset.steps == 4
 
 
-def test_a_teacher_is_softened_towards_what_it_was_tuned_from(folder):
-    write(folder, "base", "teacher", SIZES | {"t5_pieces": 0})
-    commands.train(options(folder, "base", "teacher"), Toy())
-    write(folder, "tuned", "teacher", SIZES, start="base")
-    commands.train(options(folder, "tuned", "teacher"), Toy())
-    given = {"name": "soft", "tuned": "tuned", "base": "base", "ratio": 0.25}
-    commands.soften(Namespace(folder=folder, **given), Toy())
-    base, tuned, soft = (
-        load_checkpoint(folder / f"{name}.pt")["task"]["ema"] for name in ("base", "tuned", "soft")
-    )
-    name = "mmdit.joint_blocks.0.x_block.attn.qkv.weight"
-    assert torch.allclose(soft[name], 0.75 * base[name] + 0.25 * tuned[name])
-    assert not torch.equal(base[name], tuned[name])
-    assert torch.equal(soft["t5.shared.weight"], tuned["t5.shared.weight"])
-    columns = soft["mmdit.context_embedder.weight"][:, 32:]  # which the base never learned
-    assert torch.equal(columns, tuned["mmdit.context_embedder.weight"][:, 32:])
-    assert runs.load_model(folder, "soft", Toy()).config.t5_pieces == 8
-
-
 def test_only_the_t5_learns_if_asked(folder):
     commands.train(options(folder, "teacher", "teacher"), Toy())
     write(folder, "t5", "teacher", SIZES | {"learn": "t5."}, start="teacher")
@@ -265,6 +250,60 @@ def test_dry_run_tells_and_saves_nothing(folder, capsys):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+def test_dry_run_of_stage_1_keeps_no_trajectory(folder, capsys):
+    commands.train(options(folder, "teacher", "teacher"), Toy())
+    before = sorted(path.name for path in folder.iterdir())
+    given = options(folder, "first", "trajectory")
+    given.dry_run = True
+    commands.train(given, Toy())
+    assert "2 steps of 4 samples" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_text_may_begin_like_json(folder):
+    settings = ["start=third", "teacher=../teacher", "samples=12", "renoise=false alarm"]
+    with pytest.raises(ValueError, match="renoise is 'false alarm'"):
+        runs.read_run(folder / "third.json", None, settings)
+    made = runs.read_run(folder / "third.json", None, settings[:-1])
+    assert (made.start, made.teacher, made.samples) == ("third", "../teacher", 12)
+
+
+def test_trajectories_of_another_teacher_are_refused(folder):
+    run_all(folder)
+    given = options(folder, "teacher", "teacher")
+    given.set = ["samples=16"]  # trained on
+    commands.train(given, Toy())
+    given = options(folder, "first", "trajectory")
+    given.set = ["samples=16"]
+    with pytest.raises(ValueError, match=r"00000\.pt .*teacher's samples 8 \(now 16\)"):
+        commands.train(given, Toy())
+
+
+def test_a_run_goes_on_with_another_rate(folder):
+    run_all(folder)
+    given = options(folder, "second", "match")
+    given.set = ["adam_rate=1e-6", "samples=16"]
+    commands.train(given, Toy())
+    (optimizer,) = load_checkpoint(folder / "second.pt")["task"]["optimizers"]
+    assert optimizer["param_groups"][0]["peak"] == 1e-6
+
+
+def test_the_noise_of_runs_is_measured_as_each_was_trained(folder, capsys):
+    run_all(folder)
+    write(folder, "other", "match", MATCH | {"renoise": "random"}, teacher="teacher", start="first")
+    commands.train(options(folder, "other", "match"), Toy())
+    given = {"name": ["second", "other"], "batches": 2, "device": "cpu"}
+    commands.noise(Namespace(folder=folder, **given), Toy())
+    rows = [json.loads(line) for line in (folder / "noise.jsonl").read_text().splitlines()]
+    assert [row["renoise"] for row in rows] == ["shared"] * 4 + ["random"] * 4
+    with pytest.raises(ValueError, match="it is a merge"):
+        given["name"] = ["third"]
+        commands.merge(
+            options(folder, "third", "merge", ratio=0.5, captions=3, encoders="both"), Toy()
+        )
+        commands.noise(Namespace(folder=folder, **given), Toy())
+
+
 def test_too_little_memory_is_said_before_anything_is_trained(folder):
     given = options(folder, "teacher", "teacher")
     given.set = ["batch=1000000000"]
@@ -286,6 +325,10 @@ def test_a_checkpoint_of_other_settings_is_refused(folder):
     [
         ('{"stage": "magic"}', "expected one of align, teacher, trajectory, match"),
         ('{"stage": "match", "settings": {"renoize": 1}}', "no setting renoize. It has .*renoise"),
+        ('{"stage": "match"}', "does not say samples"),
+        ('{"stage": "match", "samples": 1, "sed": 1}', "a run has no sed"),
+        ('{"stage": ', r"a\.json is no JSON object: Expecting value"),
+        ("[1]", r"a\.json is no JSON object"),
     ],
 )
 def test_a_wrong_file_is_told_what_it_may_say(tmp_path, text, told):

@@ -42,7 +42,7 @@ def data(index, batch=4):
     return torch.randn(batch, *SHAPE, generator=draw), torch.stack([clip, t5], 1)
 
 
-MATCH = MatchConfig(batch=4, warmup=2, proxy_steps=1, proxy_warmup=0)
+MATCH = MatchConfig(batch=4, warmup=2, proxy_steps=1, proxy_warmup=0, adam_rate=1e-4)
 TRAJECTORY = TrajectoryConfig(batch=4, warmup=2, teacher_steps=8, batches=3)
 
 
