@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     train.add_argument("--compile", action="store_true", help="faster; needs a C++ compiler")
     score.add_argument("--captions", type=int, default=200, help="of each kind; default 200")
-    score.add_argument("--steps", type=int, default=8, help="euler steps; default 8")
+    score.add_argument("--steps", type=int, help="euler steps; default the checkpoint's")
     score.add_argument("--shift", type=float, help="of the schedule; default the checkpoint's")
     score.add_argument("--cfg", type=float, default=1.0, help="guidance; default 1, none")
     score.add_argument("--kinds", nargs="+", default=["single", "pair", "count"])

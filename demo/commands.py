@@ -8,10 +8,11 @@ from pathlib import Path
 from PIL import Image
 
 from ..distill.teacher import TeacherConfig
-from ..flow import uniform
+from ..flow import preset_from_metadata, uniform
+from ..quant import GGUFFile
 from . import ladder, recipe
 from .evaluate import contact_sheet, draw_pictures, score_captions
-from .export import PRESET
+from .export import FILES
 from .export import export as write_files
 from .score import rates
 from .shipped import MODELS, load_shipped
@@ -37,9 +38,12 @@ def export(options: Namespace) -> None:
 
 def score(options: Namespace) -> None:
     """Print the share of right pictures for each kind of caption."""
-    model, vae = load_shipped(options.models or MODELS, ids=tuple(recipe.vocabulary()))
+    models = options.models or MODELS
+    model, vae = load_shipped(models, ids=tuple(recipe.vocabulary()))
     model, decoder = model.to(options.device), vae.to(options.device).taesd_decoder
-    sigmas = PRESET.sigmas(options.steps)
+    preset = preset_from_metadata(GGUFFile(models / FILES["mmdit"]).metadata)
+    sigmas = preset.sigmas(options.steps)
+    options.steps = len(sigmas) - 1
     if options.shift is not None:
         sigmas = uniform(options.steps, options.shift)
     gain = recipe.DECODER_GAIN

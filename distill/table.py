@@ -18,11 +18,7 @@ CATEGORIES = (
     "attribute binding",
 )
 EVALUATIONS, NOISE, TIMES = "evaluations.jsonl", "noise.jsonl", "times.jsonl"  # in a folder of runs
-TEACHER, STUDENT, TWO_STEPS = (
-    "teacher",
-    "split",
-    "match-2",
-)  # runs that the paper's claims are about
+TEACHER, STUDENT = "teacher", "split"  # runs that the paper's claims are about
 PLAIN = "no t5"  # the encoders with which runs are compared
 _SAME = ("name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "renoise", "sigma")
 
@@ -167,7 +163,7 @@ def claims(evaluations: list[dict], times: list[dict], measured: list[dict]) -> 
         found = [row["scale"] for row in measured if row["renoise"] == how]
         return statistics.median(found) if found else None
 
-    student, two, teacher = score(STUDENT, 4), score(TWO_STEPS, 2), score(TEACHER, 50)
+    student, two, teacher = score(STUDENT, 4), score(STUDENT, 2), score(TEACHER, 50)
     holds: list[tuple[str, float | None, float | None, Callable[[float, float], bool], str]] = [
         ("4 steps, at least its teacher in 50 with CFG", student, teacher, _reaches, "%"),
         ("4 steps, at least 90 %", student, 0.9, _reaches, "%"),
