@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in {
         "align": "a new T5 learns what CLIP-L says, before it learns more from flow matching",
-        "teacher": "flow matching, with encoder dropout (first --config tuned)",
+        "teacher": "flow matching, with encoder dropout (first --config tuned, then flow)",
         "trajectory": "stage 1: regress onto the teacher's integrals between the student's steps",
         "match": "stage 2: distribution matching, timesteps shared or random, adversarial heads",
         "split": "stage 3: train the branches of low and of high noise, each on its own",

@@ -139,8 +139,11 @@ class MatchTask(StudentTask):
         noisy = torch.lerp(x0, noise, per_sample(sigma, x0))
         loss = torch.zeros((), device=x0.device)
         if sigma.all():
-            loss = matching_loss(x0, *self._compare(noisy.detach(), sigma, sample))
+            real, fake = self._compare(noisy.detach(), sigma, sample)
+            loss = matching_loss(x0, real, fake)
             self.metrics["matching"] = loss.detach()
+            # what is left to match, in how far the student is from the teacher's picture
+            self.metrics["apart"] = (fake - real).abs().mean() / (x0.detach() - real).abs().mean()
         if self.config.adversarial:
             if self.config.renoise == "shared":
                 noise = self._noise_like(x0, draw)
