@@ -28,10 +28,10 @@ SHOWN = 20  # pictures of a sheet
 
 
 class Miniature:
-    """See `distill.runs.Dataset`. `folder` holds the map to latents; the VAE is the shipped one."""
+    """See `distill.runs.Dataset`. The VAE is the shipped one, below `models`."""
 
-    def __init__(self, folder: Path, models: Path = MODELS):
-        self.code = recipe.latent_code(folder)
+    def __init__(self, models: Path = MODELS):
+        self.code = recipe.latent_code()
         self.vocabulary = sorted(recipe.vocabulary())
         words = [piece.removeprefix("▁") for piece in PIECES]
         self.widths = [1, 1, 1, *(len(modules.token_ids(word)) for word in words[3:])]

@@ -143,7 +143,7 @@ def act(options: argparse.Namespace) -> None:
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("several processes train a --model; the miniature is trained by one")
-    getattr(commands, options.command)(options, Miniature(run.ROOT / ".train"))
+    getattr(commands, options.command)(options, Miniature())
 
 
 if __name__ == "__main__":

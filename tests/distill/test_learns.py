@@ -21,7 +21,7 @@ def trained(tmp_path_factory):
     """The folder, the data, and the losses of each run."""
     torch.set_num_threads(2)
     folder = tmp_path_factory.mktemp("runs")
-    dataset, losses = Miniature(folder), {}
+    dataset, losses = Miniature(), {}
     for name, changes in (
         ("tuned", TUNED),
         ("trajectory", STUDENT),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fewstep.demo.captions import KINDS, draw_captions
 from fewstep.demo.export import FILES
+from fewstep.demo.miniature import Miniature
 from fewstep.demo.scenes import draw as scene
 from fewstep.demo.score import score
 from fewstep.demo.shipped import MODELS
@@ -69,6 +70,14 @@ def test_sentences_never_trained_are_drawn(model, clip, vae, kind, steps, floor)
     verdicts = [score(*pair) for pair in zip(pictures, captions, strict=True)]
     assert sum(v.background for v in verdicts) >= 19
     assert sum(v.right for v in verdicts) >= floor
+
+
+@torch.inference_mode()
+def test_models_are_trained_on_the_latents_that_the_vae_draws():
+    miniature, rng = Miniature(), np.random.default_rng(13)
+    pictures = scene(draw_captions(rng, 24, KINDS), rng)
+    drawn = miniature.decode(miniature.code.encode(pictures)).clamp(0, 1)
+    assert -10 * torch.log10((drawn - pictures).square().mean()) > 34
 
 
 @torch.inference_mode()
