@@ -229,7 +229,8 @@ def page(folder: Path) -> str:
     measured = rows(folder / NOISE)
     return f"""# The miniature, distilled
 
-`python -m distill table` makes this page from the runs' own logs. Shares in % of captions that were
+`python -m distill table --folder bench/results/distill` makes this page from the runs' own logs.
+Shares in % of captions that were
 kept from training, in GenEval's six categories and their mean (overall); right: everything at once,
 the background too (`demo/categories.py`). Fréchet: distance to true scenes of the same captions in
 features of the scene VAE.
@@ -239,6 +240,9 @@ features of the scene VAE.
 {claims(evaluations, times, measured)}
 
 ## Teacher and students
+
+Stage 1's ways are straight and end at the right picture nearest to the teacher's (`chords` and
+`mend` in `distill/trajectory.py`).
 
 Without T5's tokens. A picture: seconds through ComfyUI, text, sampling and VAE, one at a time, the
 runs in turns (`python -m distill time`).

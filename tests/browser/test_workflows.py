@@ -58,7 +58,7 @@ def downloads(server):
         for node in twin(name).values():
             for key, folder in FOLDERS.items():
                 file = node["inputs"].get(key, "none")
-                if file != "none" and not file.startswith("fewstep-demo"):
+                if file != "none" and not file.startswith("fewstep-"):
                     path = server.base / "models" / folder / file
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.touch()

@@ -13,7 +13,6 @@ from fewstep.demo.score import score
 from fewstep.demo.shipped import MODELS
 from fewstep.host import folders, loading, sampling, text
 
-STEPS = 8
 MEGABYTES = 25
 
 
@@ -39,7 +38,7 @@ def shipped(part):
 
 
 @torch.inference_mode()
-def draw(model, clip, vae, prompt, seed, steps=STEPS):
+def draw(model, clip, vae, prompt, seed, steps=0):
     """-> (128, 128, 3) uint8, as the one-box node and VAE Decode do."""
     preset = sampling.choose_preset(sampling.AUTO, model)
     positive = text.encode(clip, prompt, preset=preset)
@@ -53,11 +52,19 @@ def draw(model, clip, vae, prompt, seed, steps=STEPS):
 def test_files_are_small_and_complete(model, clip, vae):
     files = [path for path in MODELS.rglob("*.*") if path.is_file()]
     assert sum(os.path.getsize(path) for path in files) < MEGABYTES * 10**6
-    assert {shipped(part) for part in ("mmdit", "text", "vae")} <= set(map(str, files))
+    assert {shipped(part) for part in FILES} <= set(map(str, files))
     assert type(model.model).__name__ == "SD3"
     preset = model.get_attachment(loading.PRESET)
     assert preset.cfg == 1 and preset.rule == "euler" and preset.steps <= 8
     assert vae.latent_channels == 16
+
+
+def test_the_teacher_ships_beside_it():
+    path = folders.model_path("diffusion_models", "fewstep-teacher.gguf")
+    preset = loading.load_diffusion_model(path).get_attachment(loading.PRESET)
+    assert (preset.steps, preset.cfg) == (50, 2)
+    names = folders.model_names("diffusion_models")
+    assert names.index("fewstep-demo.gguf") < names.index("fewstep-teacher.gguf")
 
 
 @pytest.mark.parametrize(

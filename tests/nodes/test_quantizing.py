@@ -1,6 +1,7 @@
 """The quantising nodes on a tiny SD3: what is written, what is watched, what is foretold."""
 
 import math
+import os
 import re
 
 import comfy.model_management
@@ -333,7 +334,9 @@ def test_memory_is_what_the_loaded_model_takes(tmp_path):
 
 def test_report_names_types_schedule_memory_and_fields():
     text = FewStepInspect.execute("diffusion_models/fewstep-demo.gguf", 128, 128).args[0]
-    assert text.startswith("fewstep-demo.gguf: diffusion model, sd3\n11.9 MB, 9.13 bits a weight\n")
+    head = r"fewstep-demo\.gguf: diffusion model, sd3\n(\S+) MB, \d\.\d\d bits a weight\n"
+    size = os.path.getsize(folders.model_path("diffusion_models", "fewstep-demo.gguf"))
+    assert float(re.match(head, text)[1]) == pytest.approx(size / 1e6, rel=0.01)
     assert max(map(len, text.partition("\n\ngeneral.")[0].split("\n"))) <= 74  # none is cut off
     for part in ("Q8_0", "8 steps, euler, CFG 1, 1 0.9333", "memory for 128 x 128", "fits: ",
                  "general.license"):  # fmt: skip
