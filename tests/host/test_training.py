@@ -73,7 +73,7 @@ def filled(loras):
 def test_the_teacher_is_the_model(model):
     drawn = draw(model)
     with open_training(model) as backbone, torch.no_grad():
-        text, _ = backbone.read([0], 0, CONFIG, None)
+        text, _ = backbone.read([0], CONFIG, None)
         x, (first, second, _) = None, uniform(2, 3.0)
         start = comfy.sample.prepare_noise(torch.zeros(1, *SHAPE), 7)
         x = start + (second - first) * backbone.velocity(None, start, first[None], text)
@@ -87,7 +87,7 @@ def test_the_teacher_is_the_model(model):
 def test_prompts_of_several_lengths_are_told_as_one_by_one(model):
     sigma = torch.tensor([1.0, 0.5, 0.3])
     with open_training(model) as backbone, torch.no_grad():
-        text, untold = backbone.read([2, 0, 1], 0, CONFIG, None)
+        text, untold = backbone.read([2, 0, 1], CONFIG, None)
         together = backbone.velocity(None, noise(), sigma, text)
         for i in range(3):
             alone = backbone.velocity(None, noise()[i : i + 1], sigma[i : i + 1], text[i : i + 1])
@@ -101,7 +101,7 @@ def test_gradients_are_those_of_small_differences(model, recompute):
     sigma = torch.full((3,), 0.7)
     with open_training(model, recompute) as backbone:
         loras, proxy = filled(backbone.student(CONFIG, None)), backbone.proxy(CONFIG)
-        text, _ = backbone.read([0, 1, 2], 0, CONFIG, None)
+        text, _ = backbone.read([0, 1, 2], CONFIG, None)
 
         def loss():
             first = backbone.velocity(loras, noise(), sigma, text)
@@ -133,7 +133,7 @@ def test_a_kernel_without_a_backward_is_not_asked(model):
     fast.model_options["transformer_options"]["optimized_attention_override"] = kernel
     with open_training(fast) as backbone:
         loras = backbone.student(CONFIG, None)
-        text, _ = backbone.read([0], 0, CONFIG, None)
+        text, _ = backbone.read([0], CONFIG, None)
         backbone.velocity(loras, noise(1), torch.ones(1), text).sum().backward()
 
 
@@ -141,7 +141,7 @@ def test_a_frozen_set_passes_its_inputs_gradient_alone(model):
     sigma = torch.full((3,), 0.7)
     with open_training(model) as backbone:
         loras = filled(backbone.student(CONFIG, None))
-        text, _ = backbone.read([0, 1, 2], 0, CONFIG, None)
+        text, _ = backbone.read([0, 1, 2], CONFIG, None)
         found = []
         for frozen in (True, False):
             x = noise().requires_grad_()
@@ -159,7 +159,7 @@ def test_the_lora_loads_by_the_stock_node_as_it_was_learned(model):
     before = draw(model)
     with open_training(model) as backbone, torch.no_grad():
         loras = filled(backbone.student(CONFIG, None))
-        text, _ = backbone.read([0], 0, CONFIG, None)
+        text, _ = backbone.read([0], CONFIG, None)
         start = comfy.sample.prepare_noise(torch.zeros(1, *SHAPE), 7)
         expected = backbone.velocity(loras, start, torch.ones(1), text)
         file = backbone.weights(loras)
@@ -170,7 +170,7 @@ def test_the_lora_loads_by_the_stock_node_as_it_was_learned(model):
             backbone.student(SimpleNamespace(rank=2, seed=0), file)
     patched = LoraModelLoader.execute(model, file, 1.0).args[0]
     with open_training(patched) as backbone, torch.no_grad():
-        text, _ = backbone.read([0], 0, CONFIG, None)
+        text, _ = backbone.read([0], CONFIG, None)
         loaded = backbone.velocity(None, start, torch.ones(1), text)
     torch.testing.assert_close(loaded, expected, rtol=1e-3, atol=1e-4)
     assert (draw(patched) - before).abs().max() > 1e-3
@@ -183,7 +183,7 @@ def test_bfloat16_learns_nearly_the_same_and_leaves_the_model(model, recompute):
     for dtype in (None, torch.bfloat16):
         with open_training(model, recompute, dtype=dtype) as backbone:
             loras = filled(backbone.student(CONFIG, None))
-            text, _ = backbone.read([0, 1, 2], 0, CONFIG, None)
+            text, _ = backbone.read([0, 1, 2], CONFIG, None)
             backbone.velocity(loras, noise(), sigma, text).square().mean().backward()
             learned = [p.grad.flatten() for p in loras.parameters() if p.grad is not None]
             found.append(torch.cat(learned))
@@ -201,7 +201,7 @@ def test_a_flux_learns_too():
     cond = [torch.randn(1, 5, 4096), {"pooled_output": torch.randn(1, 768), "guidance": 3.5}]
     with open_training(model, positive=[cond], negative=None, batch=1) as backbone:
         loras = filled(backbone.student(CONFIG, None))
-        text, _ = backbone.read([0], 0, CONFIG, None)
+        text, _ = backbone.read([0], CONFIG, None)
         with backbone.tapped(loras) as features:
             made = backbone.velocity(loras, noise(1), torch.ones(1), text)
         made.square().mean().backward()

@@ -135,9 +135,6 @@ def test_a_gpus_compiler_takes_it(for_gpus, qtype, M):
     """What the interpreter allows, Triton's compiler need not: it makes a kernel for sm_80."""
     made = build(for_gpus, qtype, M)
     assert ("mma.sync" in made["ptx"]) == bool(M)  # tensor cores multiply
-    if qtype.name.endswith("_K"):  # a load of 32 lanes is of bytes that no other load takes
-        wide = re.findall(r"tt\.load .*tensor<\d+x32x!tt\.ptr<i8>>", made["ttir"])
-        assert wide and 32 * len(wide) <= GGML_QUANT_SIZES[qtype][1]
 
 
 GPUS = {
