@@ -122,7 +122,7 @@ def _evaluate(
     config = state["config"]
     sigmas, own = runs.schedule(config, steps)
     cfg = own if cfg is None else cfg
-    model = runs.load_model(options.folder, name, dataset)
+    model = runs.model_of(options.folder, state, dataset)
     told = {key: config[key] for key in ("stage", "renoise", "seed") if key in config}
     note = told | {"trained": state.get("done", {}).get("samples")} | (note or {})
     if "recipe" in note:
@@ -158,8 +158,8 @@ def export(options: Namespace, dataset: Dataset) -> None:
 def _export(
     name: str, models: Path, options: Namespace, dataset: Dataset, file: str | None = None
 ) -> list[Path]:
-    model = runs.load_model(options.folder, name, dataset)
-    config = runs.checkpoint(options.folder, name)["config"]
+    state = runs.checkpoint(options.folder, name)
+    config, model = state["config"], runs.model_of(options.folder, state, dataset)
     chords = runs.chords_of(options.folder, config)
     preset = runs.preset_of(file or f"fewstep-{name}", config, chords)
     return dataset.export(model, preset, models, options.recipe, file)

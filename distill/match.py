@@ -159,9 +159,9 @@ class MatchTask(StudentTask):
         self, i: int, x0: Tensor, v: Tensor, draw: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Noise like x0, and its level (n,), at which step `i` is compared; see the file's head."""
-        if self.config.renoise == "shared":
-            return x0 + v, self._level(i, x0, draw)
-        return self._noise_like(x0, draw), self._level(i, x0, draw)
+        shared = self.config.renoise == "shared"
+        noise = x0 + v if shared else self._noise_like(x0, draw)
+        return noise, self._level(i, x0, draw)
 
     def _level(self, i: int, x0: Tensor, draw: torch.Generator) -> Tensor:
         if self.config.renoise != "random":

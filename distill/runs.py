@@ -138,8 +138,8 @@ def read_run(config: str | Path, name: str | None = None, changes: Sequence[str]
             f"{path}: {stage} has no setting {sorted(odd)[0]}. It has {', '.join(sorted(known))}"
         )
     settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
-    if missing := {"samples"} - set(given):
-        raise ValueError(f"{path} does not say {missing.pop()}: how many to train on")
+    if "samples" not in given:
+        raise ValueError(f"{path} does not say samples: how many to train on")
     if odd := set(given) - {field.name for field in fields(Run)}:
         raise ValueError(f"{path}: a run has no {sorted(odd)[0]}; settings stand under settings")
     return Run(name=name or path.stem, settings=SETTINGS[stage](**settings), **given)
@@ -177,7 +177,8 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
         if run.start:
             task.start_from(checkpoint(folder, run.start)["task"]["ema"])
         return task
-    teacher = load_model(folder, run.teacher, dataset)
+    taught = checkpoint(folder, run.teacher)
+    teacher = model_of(folder, taught, dataset)
     encoders = 2 if "t5.shared.weight" in teacher.state_dict() else 1
     start = None if run.start is None else weights_of(folder, run.start)
     backbone = Copies(teacher, device)
@@ -193,7 +194,7 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
         return dataset.mended(latents, _number(settings, number))
 
     states = folder / f"{settings.states or run.name}-states"
-    trained = checkpoint(folder, run.teacher).get("done", {}).get("samples")
+    trained = taught.get("done", {}).get("samples")
     origin = {"teacher": run.teacher, "teacher's samples": trained}
     return TrajectoryTask(*given, folder=states, mend=mend, origin=origin)
 
@@ -302,14 +303,12 @@ def preset_of(name: str, config: dict[str, Any], chords: Sequence[float] = ()) -
     gives them.
     """
     sigmas, cfg = schedule(config)
-    rows = [tuple(sigmas.tolist())]
-    if config["stage"] not in TEACHERS:
-        rows[:0] = _fewer(rows[0], chords)
+    own = tuple(sigmas.tolist())
     return Preset(
         name=name,
         label=name.replace("-", " ").replace("fewstep", "FewStep"),
         steps=len(sigmas) - 1,
-        rows=tuple(rows),
+        rows=(*_fewer(own, chords), own),
         formula="uniform",  # for other numbers of steps
         shift=SHIFT,
         cfg=cfg,
@@ -336,7 +335,11 @@ def _fewer(levels: Sequence[float], chords: Sequence[float]) -> list[tuple[float
 
 def load_model(folder: Path, name: str, dataset: Dataset) -> FlowModel:
     """The averaged weights of a run, for drawing. Raises: FileNotFoundError for one not trained."""
-    state = checkpoint(folder, name)
+    return model_of(folder, checkpoint(folder, name), dataset)
+
+
+def model_of(folder: Path, state: dict, dataset: Dataset) -> FlowModel:
+    """The averaged weights of a run's checkpoint; of a student the rest is its teacher's."""
     config = state["config"]
     if config["stage"] not in TEACHERS:
         model = load_model(folder, config["teacher"], dataset)

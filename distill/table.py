@@ -229,8 +229,7 @@ def page(folder: Path) -> str:
     measured = rows(folder / NOISE)
     return f"""# The miniature, distilled
 
-`python -m distill table --folder bench/results/distill` makes this page from the runs' own logs.
-Shares in % of captions that were
+`python -m distill table` makes this page from the runs' own logs. Shares in % of captions that were
 kept from training, in GenEval's six categories and their mean (overall); right: everything at once,
 the background too (`demo/categories.py`). Fréchet: distance to true scenes of the same captions in
 features of the scene VAE.

@@ -46,7 +46,7 @@ class TeacherConfig(ModelConfig):
     short_context: int = 16  # tokens kept in most steps
     full_every: int = 32  # steps
     full_from: float = 0.97  # share of the budget after which every step sees all 77 tokens
-    learn: str = ""  # the beginning of the names of what learns: "t5."; empty for all
+    learn: str | tuple[str, ...] = ""  # how the names of what learns begin: "t5."; "" for all
     compiled: bool = False  # torch.compile the blocks: a fifth faster, needs a C++ compiler
     seed: int = 0
 

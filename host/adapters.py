@@ -76,7 +76,7 @@ class LoRASet(nn.Module):
         """Raises: ValueError naming the first factor that does not fit."""
         for name, layer in zip(self.names, self.layers, strict=True):
             rank = len(layer.down)
-            scale = float(state.get(f"{name}.alpha", rank)) / rank  # ours have none
+            scale = float(state.get(f"{name}.alpha", rank)) / rank  # 1 of our own
             for part, own in (("lora_up", layer.up), ("lora_down", layer.down)):
                 given = state.get(f"{name}.{part}.weight")
                 if given is None or given.shape != own.shape:

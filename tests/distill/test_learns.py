@@ -10,9 +10,9 @@ from fewstep.flow import sample_euler, uniform
 
 pytestmark = pytest.mark.slow
 
-TUNED = ["start=null", "depth=2", "t5_pieces=0", "compiled=false", "samples=24000"]
+TUNED = ["start=null", "learn=", "depth=2", "t5_pieces=0", "compiled=false", "samples=24000"]
 TUNED += ["muon_rate=0.002", "adam_rate=0.001", "warmup=50", "ema=0.99"]
-STUDENT = ["teacher_steps=16", "batches=12", "batch=32", "samples=12000"]
+STUDENT = ["mend=false", "chords=[]", "teacher_steps=16", "batches=12", "batch=32", "samples=12000"]
 STEPS = 16  # of the teacher
 
 
