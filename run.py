@@ -678,8 +678,16 @@ def fill_in(workflow, prompt=None, seed=None, steps=None):
 
 
 def number_inputs(graph, names):
-    nodes = [node["inputs"] for node in graph.values()]
-    return [(inputs, key) for inputs in nodes for key in names if isinstance(inputs.get(key), int)]
+    """The typed numbers of those names, also where a node of its own holds one for several."""
+    places = []
+    for node in graph.values():
+        for key in names:
+            inputs, value = node["inputs"], node["inputs"].get(key)
+            if isinstance(value, list) and value and value[0] in graph:  # link
+                inputs, key = graph[value[0]]["inputs"], "value"
+            if isinstance(inputs.get(key), int) and (inputs, key) not in places:
+                places.append((inputs, key))
+    return places
 
 
 def text_inputs(graph):

@@ -198,6 +198,8 @@ GRAPH = {
     },
     "4": {"class_type": "RandomNoise", "inputs": {"noise_seed": 6}},
     "5": {"class_type": "BasicScheduler", "inputs": {"steps": ["3", 0]}},
+    "6": {"class_type": "FewStepSample", "inputs": {"seed": ["7", 0]}},
+    "7": {"class_type": "PrimitiveInt", "inputs": {"value": 5}},
 }
 
 
@@ -210,6 +212,8 @@ def test_values_go_where_the_workflow_has_such_inputs_and_leave_it_as_it_was():
     assert graph["3"]["inputs"]["seed"] == graph["4"]["inputs"]["noise_seed"] == 7
     assert graph["3"]["inputs"]["steps"] == 8
     assert graph["5"]["inputs"]["steps"] == ["3", 0]  # linked, so not ours to set
+    assert graph["6"]["inputs"]["seed"] == ["7", 0]
+    assert graph["7"]["inputs"]["value"] == 7  # a number that several nodes share
 
 
 @pytest.mark.parametrize("name", ["prompt", "seed", "steps"])
