@@ -50,6 +50,7 @@ class Plan:
     seed: int = 0
     optimizer: str = "adamw"  # one of ADAMS; the others are bitsandbytes'
     dtype: str = "model"  # of activations: the MODEL's own, or one of DTYPES
+    chords: tuple[float, ...] = TrajectoryConfig.chords  # of stage 1 alone
     # Of stage 2 alone: see MatchConfig.
     renoise: str = MatchConfig.renoise
     proxy_steps: int = MatchConfig.proxy_steps
@@ -88,7 +89,10 @@ class Plan:
 
     def trajectory(self) -> TrajectoryConfig:
         return TrajectoryConfig(
-            teacher_steps=self.teacher_steps, batches=self.trajectories, **self._shared()
+            teacher_steps=self.teacher_steps,
+            batches=self.trajectories,
+            chords=self.chords,
+            **self._shared(),
         )
 
     def match(self) -> MatchConfig:

@@ -112,6 +112,14 @@ class FewStepDistill(io.ComfyNode):
                     tooltip="Batches of the teacher's paths, 1 to 100000. Each is computed once "
                     "and then seen again.",
                 ),
+                io.Boolean.Input(
+                    "straight",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="trajectory: learn a straight way to where the teacher's path ends, "
+                    "not the path itself. Best before 'matching', and for fewer steps than sigmas.",
+                ),
                 io.Combo.Input(
                     "optimizer",
                     options=list(ADAMS),
@@ -145,12 +153,12 @@ class FewStepDistill(io.ComfyNode):
     def execute(
         cls, model, positive, latents, sigmas, method, steps, guidance, rank, learning_rate, seed,
         negative=(None,), lora=(None,), batch_size=(1,), teacher_steps=(24,), trajectories=(32,),
-        optimizer=("adamw",), gradient_checkpointing=(True,),
+        straight=(False,), optimizer=("adamw",), gradient_checkpointing=(True,),
     ) -> io.NodeOutput:  # fmt: skip
         plan = few_step_lora.Plan(
             tuple(sigmas[0].tolist()), method[0], steps[0], rank[0], learning_rate[0], guidance[0],
             batch_size[0], teacher_steps[0], trajectories[0], gradient_checkpointing[0], seed[0],
-            optimizer[0],
+            optimizer[0], chords=(1.0, 0.0) if straight[0] else (),
         )  # fmt: skip
         prompts = [entry for conditioning in positive for entry in conditioning]
         learned, losses = few_step_lora.distil(

@@ -76,6 +76,15 @@ def test_the_lora_brings_few_steps_nearer_to_the_teachers_many(model):
     assert sum(losses["loss"][-8:]) < 0.7 * sum(losses["loss"][:8])
 
 
+def test_a_straight_way_is_the_nearer_to_it_in_one_step(model):
+    goal, errors = drawn(model, uniform(16, 1.0), cfg=2.0), []
+    for straight in (False, True):
+        lora, _, _ = distil(model, straight=[straight])
+        student = LoraModelLoader.execute(model, lora, 1.0).args[0]
+        errors.append((drawn(student, torch.tensor([1.0, 0.0])) - goal).square().mean())
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_matching_goes_on_from_a_lora(model):
     lora, _, _ = distil(model, steps=4)
     again, losses, _ = distil(model, "matching", steps=4, lora=[lora])
