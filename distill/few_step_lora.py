@@ -71,6 +71,7 @@ class Plan:
             "batch": self.batch // processes.count,
             "recompute": self.recompute,
             "dtype": DTYPES[self.dtype],
+            "mesh": processes.mesh,
         }
 
     def _shared(self) -> dict:
@@ -132,13 +133,8 @@ class Pictures:
 class Drawn:
     """Batches of what the teacher draws: the ends of a stage 1's trajectories."""
 
-    def __init__(self, task: TrajectoryTask, processes: One):
-        """Several processes share out the drawing, and wait until all is there."""
+    def __init__(self, task: TrajectoryTask):
         self.task = task
-        if processes.count > 1:
-            for number in range(processes.number, task.config.batches, processes.count):
-                task.end(number)
-            processes.wait()
 
     def __call__(self, index: int) -> tuple[Tensor, list[int]]:
         number = index % self.task.config.batches
@@ -177,8 +173,8 @@ def build(
     if plan.method == "trajectory":
         return TrajectoryTask(plan.trajectory(), *given, folder=folder, origin=origin)
     if not latents.any():
-        teacher = TrajectoryTask(plan.trajectory(), backbone, data, folder=folder, origin=origin)
-        given = (backbone, Drawn(teacher, processes), start, adam, processes)
+        teacher = TrajectoryTask(plan.trajectory(), *given, folder=folder, origin=origin)
+        given = (backbone, Drawn(teacher), start, adam, processes)
     return MatchTask(plan.match(), *given)
 
 

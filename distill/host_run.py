@@ -76,7 +76,9 @@ def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | Non
                 f"each: about {plan.steps * seconds / 60:.0f} minutes"
             )
             return None
-        sheet = (lambda: sketch(backbone.model, task.draw())) if sketched(backbone.model) else None
+        # one process alone cannot draw with weights that all share
+        drawn = sketched(backbone.model) and together.mesh is None
+        sheet = (lambda: sketch(backbone.model, task.draw())) if drawn else None
         watch = Watch(options.folder, name, lambda: task.metrics, sheet, options.sheet_minutes)
         made = {**asdict(plan), "model": Path(options.model).name, "start": str(options.start)}
         budget = Budget(samples=plan.steps * plan.batch)

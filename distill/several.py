@@ -5,8 +5,10 @@
 (On CPUs accelerate's launcher wants MPI; torch's own, `python -m torch.distributed.run
 --nproc-per-node N -m distill …`, does without.) Each process has its share of every batch, and
 draws its randomness for the whole batch, so that how many there are changes nothing but rounding.
-Gradients are averaged by torch's DistributedDataParallel, in which `accelerate` wraps what learns;
-the frozen MODEL lies whole in each. Machines need one folder that all of them see.
+Gradients are averaged by torch's DistributedDataParallel. The frozen MODEL lies whole in each, or,
+where accelerate is told FSDP (`--use_fsdp`), sharded over all of them (see `host.adapters.shard`);
+what learns is small, and always whole. Processes that share weights call the MODEL equally often:
+nothing that one of them does depends on what only it has. Machines need one folder that all see.
 """
 
 import importlib.util
@@ -15,13 +17,17 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 
 class One:
     """The only process."""
 
     count, number = 1, 0
+    mesh: DeviceMesh | None = None  # that the frozen MODEL is sharded over
 
     def own(self, batch: Any) -> Any:
         """This process's share of a whole batch: a tensor (n, …) or a list of n."""
@@ -35,12 +41,17 @@ class One:
         """Over the processes."""
         return value
 
+    def whole(self, share: Tensor) -> Tensor:
+        """The batch (n, …) that each process has its share of."""
+        return share
+
+    def all(self, holds: bool) -> bool:
+        """Whether it holds in every process."""
+        return holds
+
     def first(self) -> AbstractContextManager:
         """Inside, process 0 is through before the others begin."""
         return nullcontext()
-
-    def wait(self) -> None:
-        """Until all processes are here."""
 
 
 ONE = One()
@@ -50,34 +61,39 @@ class Accelerated(One):
     """One of several, as `accelerate launch` starts them."""
 
     def __init__(self, cpu: bool):
-        """Raises: ValueError for a way of accelerate's that shards the model."""
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        """Raises: ValueError for another way of accelerate's to share work out."""
+        from accelerate import Accelerator
 
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # a last block's text
-        self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=[unused])
+        self.accelerator = Accelerator(cpu=cpu)
         kind = self.accelerator.distributed_type.value
-        if not kind.startswith("MULTI_"):
+        if kind != "FSDP" and not kind.startswith("MULTI_"):
             raise ValueError(
-                f"accelerate is set up for {kind}: a LoRA is small and its MODEL may be quantised, "
-                "so processes are of the kind MULTI_GPU or MULTI_CPU. Run `accelerate config` anew"
+                f"accelerate is set up for {kind}: expected several GPUs or CPUs, with or without "
+                "FSDP. Run `accelerate config` anew"
             )
         self.count, self.number = self.accelerator.num_processes, self.accelerator.process_index
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # not noted by accelerate for CPUs
+            self.mesh = init_device_mesh(self.accelerator.device.type, (self.count,))
 
     def own(self, batch: Any) -> Any:
         size = len(batch) // self.count
         return batch[self.number * size : (self.number + 1) * size]
 
     def averaging(self, learned: nn.Module, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return self.accelerator.prepare_model(_Loss(learned, loss))
+        # a last block's text teaches nothing
+        return DistributedDataParallel(_Loss(learned, loss), find_unused_parameters=True)
 
     def mean(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value, reduction="mean")
 
+    def whole(self, share: Tensor) -> Tensor:
+        return self.accelerator.gather(share)
+
+    def all(self, holds: bool) -> bool:
+        return bool(self.mean(torch.tensor(float(holds), device=self.accelerator.device)) == 1)
+
     def first(self) -> AbstractContextManager:
         return self.accelerator.main_process_first()
-
-    def wait(self) -> None:
-        self.accelerator.wait_for_everyone()
 
 
 class _Loss(nn.Module):

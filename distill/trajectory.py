@@ -100,7 +100,8 @@ class TrajectoryTask(StudentTask):
     def end(self, number: int) -> Tensor:
         """What the teacher draws of batch `number`: (batch, channels, …)."""
         sample = self._sample(number, torch.Generator())
-        return self._trajectory(number % self.config.batches, sample)[-1].cpu()
+        own = self._trajectory(number % self.config.batches, sample)[-1]
+        return self.processes.whole(own).cpu()
 
     def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
         states = self._trajectory(index % self.config.batches, sample)
@@ -121,7 +122,7 @@ class TrajectoryTask(StudentTask):
         made = {key: getattr(self.config, key) for key in DECISIVE} | self.origin
         if self.processes.count > 1:
             made["processes"] = self.processes.count
-        kept = load_checkpoint(path) if path.exists() else None
+        kept = load_checkpoint(path) if self.processes.all(path.exists()) else None
         if kept is None:
             kept = {"states": self._walk_of_teacher(sample).half().cpu(), "made": made}
             save_atomically(kept, path)

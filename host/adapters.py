@@ -19,6 +19,8 @@ from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.base import WeightAdapterTrainBase
 from comfy.weight_adapter.bypass import BypassInjectionManager
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
@@ -178,6 +180,17 @@ def switched(model: nn.Module, recompute: bool) -> Iterator[tuple[Switch, dict[s
 def block_lists(model: nn.Module) -> list[nn.ModuleList]:
     """The lists of blocks that a BaseModel's network is made of."""
     return [m for m in model.get_submodule(ROOT).children() if isinstance(m, nn.ModuleList)]
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Share a BaseModel's blocks out over the processes of `mesh` (FSDP), block by block, then move
+    it to `device`: each process keeps a part of every plain weight, and is sent the rest while the
+    block computes. Quantised ones, small already, stay whole. There is no way back.
+    """
+    for block in (block for members in block_lists(model) for block in members):
+        whole = {p for p in block.parameters() if isinstance(p, QuantizedTensor) or p.ndim == 0}
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    model.to(device)
 
 
 def _recomputing(forward, switch: Switch):

@@ -17,8 +17,9 @@ import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from .adapters import LoRASet, block_lists, linear_layers, switched
+from .adapters import LoRASet, block_lists, linear_layers, shard, switched
 from .sampling import require_flow
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,13 @@ class Adapters:
 
     hidden = ()  # a LoRA's factors all learn by AdamW
 
-    def __init__(self, patcher, switch, layers, positive, negative, shape: tuple[int, ...]):
-        self.patcher, self.switch, self.layers = patcher, switch, layers
+    def __init__(
+        self, patcher, switch, layers, positive, negative, shape: tuple[int, ...], alone=False
+    ):
+        """`alone`: one call for each sample, as processes need that share the weights and call
+        them equally often.
+        """
+        self.patcher, self.switch, self.layers, self.alone = patcher, switch, layers, alone
         self.model, self.device, self.shape = patcher.model, patcher.load_device, shape
         self.positive = [_checked(entry, "positive") for entry in positive]
         untold = [_checked(entry, "negative") for entry in negative or []]
@@ -71,7 +77,7 @@ class Adapters:
         """
         management.throw_exception_if_processing_interrupted()
         sigma = sigma.clamp(min=SMALLEST_SIGMA)
-        groups = _groups(text)
+        groups = [[place] for place in range(len(text))] if self.alone else _groups(text)
         with self.switch.set(network, frozen):
             made = [
                 self._apply(x[group], sigma[group], [text[i] for i in group]) for group in groups
@@ -154,12 +160,14 @@ def training(
     batch: int,
     recompute: bool = True,
     dtype: torch.dtype | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> Iterator[Adapters]:
-    """A MODEL ready to learn LoRAs; afterwards it is as it was.
+    """A MODEL ready to learn LoRAs; afterwards it is as it was, unless it was sharded.
 
     positive: CONDITIONING of one entry or more; negative: of one, or None. shape: of a latent,
     without the batch. dtype: of activations; None: the MODEL's own, but bfloat16 for float16, whose
-    gradients vanish. Everything that learns must be made inside. Raises: ValueError for a model
+    gradients vanish. mesh: the processes that the MODEL's weights are sharded over; None: each has
+    all of them. Everything that learns must be made inside. Raises: ValueError for a model
     that is no flow model, and where memory would not do.
     """
     require_flow(model)
@@ -170,13 +178,18 @@ def training(
         if dtype is not None:
             patcher.set_model_compute_dtype(dtype)
         needed = memory_needed(patcher.model, shape, rank, batch, recompute)
-        management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
+        if mesh is None:
+            management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
+        else:
+            patcher.patch_model(device_to=patcher.offload_device)
+            shard(patcher.model, mesh, patcher.load_device)
         check_memory(needed, patcher.load_device)
         was, management.in_training = management.in_training, True
         try:
             patcher.pre_run()
             with switched(patcher.model, recompute) as (switch, layers):
-                yield Adapters(patcher, switch, layers, positive, negative, shape)
+                given = (positive, negative, shape)
+                yield Adapters(patcher, switch, layers, *given, alone=mesh is not None)
         finally:
             management.in_training = was
             patcher.cleanup()

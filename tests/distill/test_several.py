@@ -13,11 +13,13 @@ from fewstep.distill.few_step_lora import Plan, build
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_losses_of_one(tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_have_the_losses_of_one(tmp_path, sharded):
     pytest.importorskip("accelerate")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = ["-m", "tests.distill.two_processes", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["ACCELERATE_USE_FSDP"] = str(sharded).lower()
     done = subprocess.run(
         [sys.executable, *launch, *worker],
         cwd=run.ROOT, env=environment, capture_output=True, text=True,
@@ -33,6 +35,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path):
         assert two == pytest.approx(one, rel=1e-5)
         weights = [row["weights"] for row in rows if row["method"] == method]
         assert weights == pytest.approx([weights[0]] * 4, rel=1e-4)
+    (whole,) = {row["kept"] for row in rows if row["processes"] == 1}
+    parts = {row["kept"] for row in rows if row["processes"] == 2}
+    assert max(parts) <= (0.51 if sharded else 1) * whole
 
 
 class Three(several.One):

@@ -17,8 +17,10 @@ torch.set_num_threads(1)
 import comfy.sd  # noqa: E402
 from fewstep.distill.few_step_lora import METHODS, Plan, build, steps  # noqa: E402
 from fewstep.distill.several import ONE, processes  # noqa: E402
+from fewstep.host.adapters import block_lists  # noqa: E402
 from fewstep.host.training import training  # noqa: E402
 from fewstep.tests.host import toys  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
 
 SHAPE = (16, 4, 4)
 
@@ -30,25 +32,40 @@ def prompt(seed):
 
 
 def main(folder: Path) -> None:
-    together, model = processes(cpu=True), comfy.sd.load_diffusion_model_state_dict(toys.mmdit(1))
+    together = processes(cpu=True)
     latents = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    prompts, negative = [prompt(1), prompt(2)], [prompt(3)]
     for method in METHODS:
         plan = Plan(
             (1.0, 0.5, 0.0), method, steps=6, rank=2, batch=4, guidance=2.0, rate=1e-3,
             teacher_steps=2, trajectories=2,
         )  # fmt: skip
-        prompts = [prompt(1), prompt(2)]
-        with training(model, prompts, [prompt(3)], SHAPE, plan.rank, plan.batch) as backbone:
-            for group in (ONE, together):
+        for group in (ONE, together):
+            model = comfy.sd.load_diffusion_model_state_dict(toys.mmdit(1))
+            with training(model, prompts, negative, SHAPE, **plan.training(group)) as backbone:
                 states = folder / f"{together.number}-{group.count}"
                 task = build(plan, backbone, latents, states, processes=group)
                 losses = list(steps(task, plan.steps))
-                weights = sum(
-                    value.double().abs().sum().item() for value in task.weights().values()
-                )
-                row = {"method": method, "processes": group.count, "losses": losses}
-                path = folder / f"{method}-{group.count}-{together.number}.json"
-                path.write_text(json.dumps(row | {"weights": weights}))
+                row = {
+                    "method": method,
+                    "processes": group.count,
+                    "losses": losses,
+                    "weights": size(task.weights().values()),
+                    "kept": kept(backbone.model),
+                }
+            path = folder / f"{method}-{group.count}-{together.number}.json"
+            path.write_text(json.dumps(row))
+
+
+def size(weights) -> float:
+    return sum(value.double().abs().sum().item() for value in weights)
+
+
+def kept(model) -> int:
+    """Bytes of the blocks' weights that lie in this process."""
+    blocks = (block for members in block_lists(model) for block in members)
+    weights = (weight for block in blocks for weight in block.parameters())
+    return sum((w.to_local() if isinstance(w, DTensor) else w).nbytes for w in weights)
 
 
 if __name__ == "__main__":
