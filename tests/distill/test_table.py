@@ -79,5 +79,21 @@ def test_says_of_each_claim_whether_it_holds(tmp_path):
     assert claims.count("| yes |") + claims.count("| no |") == 5  # of what was measured
 
 
+def test_scores_are_compared_on_the_same_captions(tmp_path):
+    lines = [
+        evaluation("split", 0.97),
+        evaluation("split", 0.92, captions=1000),
+        evaluation("split", 0.99, encoders="both"),
+        evaluation("teacher", 0.94, steps=50, captions=1000),
+    ]
+    log(tmp_path / "evaluations.jsonl", lines)
+    text = page(tmp_path)
+    assert "in 50 with CFG | 92.0 % | 94.0 % | no |" in text
+    assert "less than with it | 97.0 % | 94.0 % | yes |" in text
+    assert "| split | 4 | no t5 | 97.0 |" in text and "| split | 4 | no t5 | 92.0 |" not in text
+    table = text.split("## Teacher and students")[1].split("## ")[0]
+    assert table.count("| split | 4 |") == 1 and "| 92.0 | 50.0 |" in table
+
+
 def test_an_empty_folder_gives_empty_tables(tmp_path):
     assert sum(line.startswith("|") for line in page(tmp_path).splitlines()) == 16
