@@ -158,14 +158,14 @@ _PAGE = """\
 
 {table}
 
-Relative error: of all weights against the model's file in 8 bits (what ships is flash-6).
+Relative error: of all weights against the model's file in 16 bits (what ships is flash-6).
 Latents, pictures: PSNR against that file's, from the same noise through ComfyUI, the mean
 over the pictures below. Right: of {captions} captions of each kind that the model was not trained
 on, the share drawn wholly right, in the checkpoint's own number of steps.
 
 ![The same captions and noise, drawn by each file]({picture})
 
-From top to bottom three rows each: in 8 bits, {order}.
+From top to bottom three rows each: the file in 16 bits, {order}.
 
 {reports}
 """

@@ -261,8 +261,9 @@ features of the scene VAE.
 
 ## Teacher and students
 
-Stage 1's ways are straight and end at the right picture nearest to the teacher's (`chords` and
-`mend` in `distill/trajectory.py`).
+trajectory: stage 1, whose ways are straight and end at the right picture nearest to the teacher's
+(`chords` and `mend` in `distill/trajectory.py`). trajectory-2: a second round, on ways of its own
+that are mended anew. match: stage 2. split: stage 3, merged.
 
 Without T5's tokens. A picture: seconds through ComfyUI, text, sampling and VAE, one at a time, the
 runs in turns (`python -m distill time`).
@@ -283,7 +284,7 @@ The same weights in a file of each of `quant`'s recipes.
 
 ## Timestep sharing against random re-noising
 
-The same start, as many samples, the same settings but for `renoise`.
+The same start (trajectory), as many samples, the same settings but for `renoise`.
 
 {seeds(evaluations)}
 

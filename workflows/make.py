@@ -2,7 +2,8 @@
 
 A workflow is described here by its columns of nodes. The page itself (build.js) creates, connects
 and measures the nodes and lays the columns out side by side. Each gives three files: NAME.json as
-the page saves it, api/NAME.json as it exports it for the API, and the thumbnail NAME.jpg.
+the page saves it, api/NAME.json as it exports it for the API, and the thumbnail NAME.jpg. The
+README's pictures are drawn along with them.
 """
 
 import json
@@ -104,6 +105,17 @@ To see what it cost in pictures, draw with both files from the same seed, and co
 to **FewStep Compare**.
 """
 
+TEACHER_NOTE = """\
+## Four steps beside fifty
+Press **Run**: both models come with FewStep. The left picture is the teacher's: 50 steps, each \
+run twice for its guidance. The right one is its student's: 4 steps, run once each.
+
+Both start from the same noise, and the next run from other noise. The student was taught to end \
+where its teacher does, or at the nearest picture that is right; the report says how close it comes.
+
+How it learned, and how well: `docs/distilled.md`.
+"""
+
 
 def node(name, type, inputs=(), size=(270, 0), title=None, **widgets):
     """One node. `inputs`: {input: "node.OUTPUT"}; `size`: at least so many pixels."""
@@ -200,6 +212,38 @@ INSPECT = node(
 QUANTIZE = node("write", "FewStepQuantize", {"model": "model.MODEL"}, (700, 940), recipe="flash-4")
 WATCH = node("watch", "FewStepImportance", {"model": "model.MODEL"})
 
+TEACHER = node("teacher", "FewStepLoadDiffusionModel", model_name="fewstep-teacher.gguf")
+NOTHING = node("nothing", "FewStepTextEncode", {"clip": "clip.CLIP"}, (300, 180), text="")
+LESSON = node(
+    "lesson",
+    "FewStepSample",
+    {
+        "model": "teacher.MODEL",
+        "positive": "text.CONDITIONING",
+        "negative": "nothing.CONDITIONING",
+        "latent": "size.LATENT",
+        "seed": "seed.INT",
+    },
+)
+PUPIL = node(
+    "draw",
+    "FewStepSample",
+    {
+        "model": "model.MODEL",
+        "positive": "text.CONDITIONING",
+        "latent": "size.LATENT",
+        "seed": "seed.INT",
+    },
+)
+# "fixed" is the page's name for this one's control after generate
+SEED = node("seed", "PrimitiveInt", title="Seed", value=1, fixed="increment")
+COMPARE = node(
+    "compare",
+    "FewStepCompare",
+    {"original": "lesson.LATENT", "other": "draw.LATENT", "vae": "vae.VAE"},
+    (480, 420),
+)
+
 # name -> columns from left to right, each a list of groups from the top down
 WORKFLOWS = {
     "demo": [
@@ -209,6 +253,13 @@ WORKFLOWS = {
         [draw()],
         [group(None, decode("draw.LATENT"))],
         [save("FewStep")],
+    ],
+    "teacher_and_student": [
+        [note(TEACHER_NOTE, 320)],
+        [load(*DEMO), group("The teacher", TEACHER)],
+        [describe(DEMO_PROMPT, 128), group("For its guidance", NOTHING)],
+        [group("3. Draw", SEED), group("In 50 steps", LESSON), group("In 4 steps", PUPIL)],
+        [group("Side by side", COMPARE)],
     ],
     "sd35_few_step": [
         [note(SD35_NOTE, 480)],
@@ -271,17 +322,27 @@ def make_graphs(host, profile):
 
 
 def make_thumbnails(host):
-    workflow = run.read_workflow(FOLDER / "api" / "demo.json")
-    drawn = [
-        host.draw(run.fill_in(workflow, prompt), on_step=run.print_step)[0]
-        for prompt in thumbnails.DEMO_PROMPTS
-    ]
-    pictures = {"demo": thumbnails.demo(drawn), **thumbnails.schedules(TYPED_SIGMAS)}
-    pictures["quantize"] = thumbnails.bits(
-        "Quantize", "a MODEL and its LoRAs into a GGUF", thumbnails.DEMO_PROMPTS[2]
-    )
+    def drawn(name, prompts):
+        workflow = run.read_workflow(FOLDER / "api" / f"{name}.json")
+        filled = [run.fill_in(workflow, prompt) for prompt in prompts]
+        return [host.draw(graph, on_step=run.print_step)[0] for graph in filled]
+
+    pictures = {
+        "demo": thumbnails.demo(drawn("demo", thumbnails.DEMO_PROMPTS)),
+        "teacher_and_student": thumbnails.side_by_side(
+            "50 steps, 4 steps",
+            "a teacher, and the student that ships",
+            drawn("teacher_and_student", thumbnails.DEMO_PROMPTS[2:]),
+        ),
+        "quantize": thumbnails.bits(
+            "Quantize", "a MODEL and its LoRAs into a GGUF", thumbnails.DEMO_PROMPTS[2]
+        ),
+        **thumbnails.schedules(TYPED_SIGMAS),
+    }
     for name, picture in pictures.items():
         picture.save(FOLDER / f"{name}.jpg", quality=88)
+    readme = thumbnails.readme(drawn("demo", thumbnails.README_PROMPTS))
+    readme.save(FOLDER.parent / "demo" / "pictures.png", optimize=True)
 
 
 def write(path, content):

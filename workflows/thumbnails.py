@@ -1,4 +1,5 @@
-"""The pictures of the workflows under Templates: 512 pixels square, NAME.jpg beside NAME.json.
+"""The pictures of the workflows under Templates: 512 pixels square, NAME.jpg beside NAME.json; and
+the README's.
 
 The demo shows what its model drew. The others show their schedule: a scene at each noise level,
 x = (1 - sigma) * picture + sigma * noise.
@@ -20,6 +21,27 @@ DEMO_PROMPTS = [
     "a white ring left of a green square on a purple background",
     "three orange triangles on a cyan background",
 ]
+
+
+README_PROMPTS = [
+    *DEMO_PROMPTS[:2],
+    "a cyan ring on a gray background",
+    "a white cross on a purple background",
+    DEMO_PROMPTS[2],
+    "an orange star above a cyan square on a white background",
+    DEMO_PROMPTS[3],
+    "two red circles on a yellow background",
+]
+
+
+def readme(png_files):
+    """The README's pictures, four a row, (912, 464) pixels."""
+    tiles = [Image.open(io.BytesIO(png)).convert("RGB") for png in png_files]
+    picture = Image.new("RGB", (912, 464), "white")
+    for i, tile in enumerate(tiles):
+        place = (16 + 224 * (i % 4), 16 + 224 * (i // 4))
+        picture.paste(tile.resize((208, 208), Image.Resampling.LANCZOS), place)
+    return picture
 
 
 def demo(png_files):
@@ -45,19 +67,26 @@ def bits(title, subtitle, scene):
     return card(title, subtitle, tiles)
 
 
+def side_by_side(title, subtitle, png_files):
+    """Title, subtitle, and pairs of pictures, each pair as one node laid it out."""
+    pairs = [Image.open(io.BytesIO(png)).convert("RGB") for png in png_files]
+    sides = [half / 255 for pair in pairs for half in np.split(np.asarray(pair), 2, axis=1)]
+    return card(title, subtitle, sides, columns=2)
+
+
 def drawn(scene, rng):
     """(128, 128, 3) in [0, 1]"""
     return draw([parse_caption(scene)], rng)[0].permute(1, 2, 0).numpy()
 
 
-def card(title, subtitle, tiles):
+def card(title, subtitle, tiles, columns=3):
     """A card of pictures (h, w, 3) in [0, 1] under two lines of text."""
     picture = Image.new("RGB", (SIDE, SIDE), DARK)
     pen = ImageDraw.Draw(picture)
     pen.text((24, 20), title, fill=LIGHT, font=ImageFont.load_default(44))
     pen.text((24, 78), subtitle, fill=DIM, font=ImageFont.load_default(22))
     tiles = [Image.fromarray((255 * tile.clip(0, 1)).astype(np.uint8)) for tile in tiles]
-    return arrange(picture, tiles, columns=3, top=124)
+    return arrange(picture, tiles, columns, top=124)
 
 
 def arrange(card, tiles, columns, top):

@@ -15,6 +15,8 @@ WORKFLOWS = run.ROOT / "workflows" / "api"
 MODEL = run.ROOT / "demo" / "models" / "diffusion_models" / "fewstep-demo.gguf"
 STEPS = {"demo": None, "sd35_few_step": 4, "lora_on_gguf": 8, "schedule_by_hand": 8}
 WRITES = ("quantize",)  # they draw too, but report more than a sampler's steps
+COMPARES = "teacher_and_student"  # draws twice
+KNOWN = {*STEPS, *WRITES, COMPARES}
 SMALL = {  # what stands in for the files of SD3.5, so that its workflows run here
     "model_name": "fewstep-demo.gguf",
     "encoder_1": "fewstep-demo-clip-l.gguf",
@@ -77,7 +79,16 @@ def test_every_workflow_draws_in_the_steps_it_promises(server, lora, name):
 
 
 def test_every_workflow_is_known_here():
-    assert {*STEPS, *WRITES} == {path.stem for path in WORKFLOWS.glob("*.json")}
+    assert {path.stem for path in WORKFLOWS.glob("*.json")} == KNOWN
+
+
+def test_teacher_and_student_draw_the_same_picture_in_50_and_in_4_steps(server):
+    graph, prompt = small(COMPARES), "a green square on a white background"
+    pictures, steps = drawn(server, run.fill_in(graph, prompt, seed=8))
+    assert {total for _, total in steps} == {50, 4}
+    teachers, students = np.split(pictures, 2, axis=1)
+    assert score(teachers, prompt).right and score(students, prompt).right
+    assert np.abs(teachers.astype(int) - students).mean() < 12  # out of 255
 
 
 @pytest.mark.parametrize("name", WRITES)
@@ -128,7 +139,7 @@ def test_a_refused_workflow_names_the_node_and_the_reason(server):
 
 def test_templates_and_their_pictures_are_served(server):
     names = server.get("/workflow_templates")["fewstep"]
-    assert set(names) == {*STEPS, *WRITES}
+    assert set(names) == KNOWN
     for name in names:
         picture = server.get(f"/api/workflow_templates/fewstep/{name}.jpg")
         assert Image.open(io.BytesIO(picture)).size == (512, 512)

@@ -338,7 +338,7 @@ def test_report_names_types_schedule_memory_and_fields():
     size = os.path.getsize(folders.model_path("diffusion_models", "fewstep-demo.gguf"))
     assert float(re.match(head, text)[1]) == pytest.approx(size / 1e6, rel=0.01)
     assert max(map(len, text.partition("\n\ngeneral.")[0].split("\n"))) <= 74  # none is cut off
-    for part in ("Q8_0", "8 steps, euler, CFG 1, 1 0.9333", "memory for 128 x 128", "fits: ",
+    for part in ("Q8_0", "4 steps, euler, CFG 1, 1 0.9 0.75", "memory for 128 x 128", "fits: ",
                  "general.license"):  # fmt: skip
         assert part in text, part
     text = FewStepInspect.execute("vae/fewstep-demo-vae.gguf", 128, 128).args[0]
