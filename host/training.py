@@ -38,7 +38,14 @@ class Adapters:
     hidden = ()  # a LoRA's factors all learn by AdamW
 
     def __init__(
-        self, patcher, switch, layers, positive, negative, shape: tuple[int, ...], alone=False
+        self,
+        patcher,
+        switch,
+        layers,
+        positive,
+        negative,
+        shape: tuple[int, ...],
+        alone: bool = False,
     ):
         """`alone`: one call for each sample, as processes need that share the weights and call
         them equally often.
