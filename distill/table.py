@@ -19,6 +19,7 @@ CATEGORIES = (
 )
 EVALUATIONS, NOISE, TIMES = "evaluations.jsonl", "noise.jsonl", "times.jsonl"  # in a folder of runs
 TEACHER, STUDENT = "teacher", "split"  # runs that the paper's claims are about
+SEEDS = 3  # of either way of re-noising, before one is called better
 PLAIN = "no t5"  # the encoders with which runs are compared
 _SAME = ("name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "renoise", "sigma")
 
@@ -167,8 +168,8 @@ def claims(evaluations: list[dict], times: list[dict], measured: list[dict]) -> 
         return next((row["seconds"] for row in times if row["name"] == name), None)
 
     def mean(how: str, key: str) -> float | None:
-        runs = sharing(evaluations).get(how)
-        return statistics.mean(row[key] for row in runs) if runs else None
+        runs = sharing(evaluations).get(how, [])
+        return statistics.mean(row[key] for row in runs) if len(runs) >= SEEDS else None
 
     def scale(how: str) -> float | None:
         found = [row["scale"] for row in measured if row["renoise"] == how]
