@@ -121,8 +121,8 @@ def check_importance(plan: Plan, importance: Mapping[str, Tensor]) -> None:
             f"{plan.source.path}: the importance file names none of its tensors "
             f"(but {min(importance)}): it was gathered from another model"
         )
-    for name in columns.keys() & importance.keys():
-        if importance[name].numel() != columns[name]:
+    for name in columns:  # in the file's order, so that the same tensor is named each time
+        if name in importance and importance[name].numel() != columns[name]:
             raise GGUFError(
                 f"{plan.source.path}: tensor {name!r} has rows of {columns[name]}, the importance "
                 f"file {importance[name].numel()}: it was gathered from another model"
