@@ -683,9 +683,10 @@ def number_inputs(graph, names):
     for node in graph.values():
         for key in names:
             inputs, value = node["inputs"], node["inputs"].get(key)
-            if isinstance(value, list) and value and value[0] in graph:  # link
-                inputs, key = graph[value[0]]["inputs"], "value"
-            if isinstance(inputs.get(key), int) and (inputs, key) not in places:
+            source = graph.get(value[0], {}) if isinstance(value, list) and value else {}  # link
+            if source.get("class_type") == "PrimitiveInt":
+                inputs, key = source["inputs"], "value"
+            if isinstance(inputs.get(key), int):
                 places.append((inputs, key))
     return places
 

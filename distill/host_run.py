@@ -76,8 +76,8 @@ def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | Non
                 f"each: about {plan.steps * seconds / 60:.0f} minutes"
             )
             return None
-        # one process alone cannot draw with weights that all share
-        drawn = sketched(backbone.model) and together.mesh is None
+        # one of several processes cannot draw alone with what all share
+        drawn = sketched(backbone.model) and together.count == 1
         sheet = (lambda: sketch(backbone.model, task.draw())) if drawn else None
         watch = Watch(options.folder, name, lambda: task.metrics, sheet, options.sheet_minutes)
         made = {**asdict(plan), "model": Path(options.model).name, "start": str(options.start)}

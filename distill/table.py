@@ -155,6 +155,7 @@ def claims(evaluations: list[dict], times: list[dict], measured: list[dict]) -> 
             row["captions"]: row["overall"]
             for row in evaluations
             if (row["name"], row["steps"], row["encoders"]) == (name, steps, encoders)
+            and (row["cfg"] != 1) == (name == TEACHER)
             and "ratio" not in row
             and row.get("recipe") == recipe
         }
@@ -210,7 +211,7 @@ def claims(evaluations: list[dict], times: list[dict], measured: list[dict]) -> 
             "timestep sharing above random re-noising, overall, mean of seeds",
             mean("shared", "overall"),
             mean("random", "overall"),
-            _reaches,
+            _above,
             "%",
         ),
         (
@@ -223,20 +224,25 @@ def claims(evaluations: list[dict], times: list[dict], measured: list[dict]) -> 
         (
             "split-timestep fine-tuning above none",
             *beside(student, score("match", 4)),
-            _reaches,
+            _above,
             "%",
         ),
     ]
     lines = [
-        [what, _told(seen, unit), _told(bar, unit), "yes" if check(seen, bar) else "no"]
+        [what, "", "", "not measured"]
+        if seen is None or bar is None
+        else [what, _told(seen, unit), _told(bar, unit), "yes" if check(seen, bar) else "no"]
         for what, seen, bar, check, unit in holds
-        if seen is not None and bar is not None
     ]
     return markdown(["claim", "here", "to reach", "reproduced"], lines)
 
 
 def _reaches(seen: float, bar: float) -> bool:
     return round(seen, 4) >= round(bar, 4)
+
+
+def _above(seen: float, bar: float) -> bool:
+    return round(seen, 4) > round(bar, 4)
 
 
 def _told(value: float, unit: str) -> str:

@@ -189,7 +189,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     """
     for block in (block for members in block_lists(model) for block in members):
         whole = {p for p in block.parameters() if isinstance(p, QuantizedTensor) or p.ndim == 0}
-        fully_shard(block, mesh=mesh, ignored_params=whole)
+        # without the word a block that is wrapped on its own stays gathered
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model.to(device)
 
 

@@ -188,6 +188,7 @@ def training(
         if mesh is None:
             management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
         else:
+            management.unload_all_models()
             patcher.patch_model(device_to=patcher.offload_device)
             shard(patcher.model, mesh, patcher.load_device)
         check_memory(needed, patcher.load_device)

@@ -112,14 +112,6 @@ class FewStepDistill(io.ComfyNode):
                     tooltip="Batches of the teacher's paths, 1 to 100000. Each is computed once "
                     "and then seen again.",
                 ),
-                io.Boolean.Input(
-                    "straight",
-                    default=False,
-                    optional=True,
-                    advanced=True,
-                    tooltip="trajectory: learn a straight way to where the teacher's path ends, "
-                    "not the path itself. Best before 'matching', and for fewer steps than sigmas.",
-                ),
                 io.Combo.Input(
                     "optimizer",
                     options=list(ADAMS),
@@ -136,6 +128,14 @@ class FewStepDistill(io.ComfyNode):
                     advanced=True,
                     tooltip="Compute blocks twice instead of keeping what they computed: a third "
                     "more time for a fraction of the memory.",
+                ),
+                io.Boolean.Input(
+                    "straight",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="trajectory: learn a straight way to where the teacher's path ends, "
+                    "not the path itself. For 'matching', and for fewer steps than sigmas.",
                 ),
             ],
             outputs=[

@@ -200,6 +200,9 @@ GRAPH = {
     "5": {"class_type": "BasicScheduler", "inputs": {"steps": ["3", 0]}},
     "6": {"class_type": "FewStepSample", "inputs": {"seed": ["7", 0]}},
     "7": {"class_type": "PrimitiveInt", "inputs": {"value": 5}},
+    "8": {"class_type": "RandomNoise", "inputs": {"noise_seed": 6}},  # as 4
+    "9": {"class_type": "FewStepSample", "inputs": {"seed": ["10", 0]}},
+    "10": {"class_type": "Sum", "inputs": {"value": 5}},
 }
 
 
@@ -214,6 +217,7 @@ def test_values_go_where_the_workflow_has_such_inputs_and_leave_it_as_it_was():
     assert graph["5"]["inputs"]["steps"] == ["3", 0]  # linked, so not ours to set
     assert graph["6"]["inputs"]["seed"] == ["7", 0]
     assert graph["7"]["inputs"]["value"] == 7  # a number that several nodes share
+    assert graph["8"]["inputs"]["noise_seed"] == 7 and graph["10"]["inputs"]["value"] == 5
 
 
 @pytest.mark.parametrize("name", ["prompt", "seed", "steps"])

@@ -46,6 +46,7 @@ def main(folder: Path) -> None:
                 states = folder / f"{together.number}-{group.count}"
                 task = build(plan, backbone, latents, states, processes=group)
                 losses = list(steps(task, plan.steps))
+                task.draw()  # without gradient
                 row = {
                     "method": method,
                     "processes": group.count,
