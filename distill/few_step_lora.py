@@ -130,17 +130,6 @@ class Pictures:
         return self.latents[chosen % len(self.latents)], (chosen % self.prompts).tolist()
 
 
-class Drawn:
-    """Batches of what the teacher draws: the ends of a stage 1's trajectories."""
-
-    def __init__(self, task: TrajectoryTask):
-        self.task = task
-
-    def __call__(self, index: int) -> tuple[Tensor, list[int]]:
-        number = index % self.task.config.batches
-        return self.task.end(number), self.task.data(number)[1]
-
-
 def build(
     plan: Plan,
     backbone: Adapters,
@@ -174,7 +163,7 @@ def build(
         return TrajectoryTask(plan.trajectory(), *given, folder=folder, origin=origin)
     if not latents.any():
         teacher = TrajectoryTask(plan.trajectory(), *given, folder=folder, origin=origin)
-        given = (backbone, Drawn(teacher), start, adam, processes)
+        given = (backbone, teacher.drawn, start, adam, processes)
     return MatchTask(plan.match(), *given)
 
 

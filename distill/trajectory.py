@@ -97,11 +97,13 @@ class TrajectoryTask(StudentTask):
         again = torch.Generator().manual_seed((self.config.seed + 1) * 2_000_003 + number)
         return super()._sample(number, again)
 
-    def end(self, number: int) -> Tensor:
-        """What the teacher draws of batch `number`: (batch, channels, …)."""
-        sample = self._sample(number, torch.Generator())
-        own = self._trajectory(number % self.config.batches, sample)[-1]
-        return self.processes.whole(own).cpu()
+    def drawn(self, index: int) -> tuple[Tensor, Any]:
+        """A batch of what the teacher draws, (batch, channels, …), and its prompts: the ends of
+        its trajectories, as data for another task.
+        """
+        number = index % self.config.batches
+        own = self._trajectory(number, self._sample(number, torch.Generator()))[-1]
+        return self.processes.whole(own).cpu(), self.data(number)[1]
 
     def _loss(self, index: int, sample: Sample, draw: torch.Generator) -> Tensor:
         states = self._trajectory(index % self.config.batches, sample)

@@ -153,7 +153,7 @@ class FewStepDistill(io.ComfyNode):
     def execute(
         cls, model, positive, latents, sigmas, method, steps, guidance, rank, learning_rate, seed,
         negative=(None,), lora=(None,), batch_size=(1,), teacher_steps=(24,), trajectories=(32,),
-        straight=(False,), optimizer=("adamw",), gradient_checkpointing=(True,),
+        optimizer=("adamw",), gradient_checkpointing=(True,), straight=(False,),
     ) -> io.NodeOutput:  # fmt: skip
         plan = few_step_lora.Plan(
             tuple(sigmas[0].tolist()), method[0], steps[0], rank[0], learning_rate[0], guidance[0],

@@ -157,8 +157,12 @@ def describe(prompt, side):
 
 
 def draw(model="model.MODEL", **widgets):
+    return group("3. Draw", sample("draw", model, seed=1, **widgets))
+
+
+def sample(name, model, more=(), **widgets):
     inputs = {"model": model, "positive": "text.CONDITIONING", "latent": "size.LATENT"}
-    return group("3. Draw", node("draw", "FewStepSample", inputs, seed=1, **widgets))
+    return node(name, "FewStepSample", inputs | dict(more), **widgets)
 
 
 def decode(latent):
@@ -214,27 +218,8 @@ WATCH = node("watch", "FewStepImportance", {"model": "model.MODEL"})
 
 TEACHER = node("teacher", "FewStepLoadDiffusionModel", model_name="fewstep-teacher.gguf")
 NOTHING = node("nothing", "FewStepTextEncode", {"clip": "clip.CLIP"}, (300, 180), text="")
-LESSON = node(
-    "lesson",
-    "FewStepSample",
-    {
-        "model": "teacher.MODEL",
-        "positive": "text.CONDITIONING",
-        "negative": "nothing.CONDITIONING",
-        "latent": "size.LATENT",
-        "seed": "seed.INT",
-    },
-)
-PUPIL = node(
-    "draw",
-    "FewStepSample",
-    {
-        "model": "model.MODEL",
-        "positive": "text.CONDITIONING",
-        "latent": "size.LATENT",
-        "seed": "seed.INT",
-    },
-)
+LESSON = sample("lesson", "teacher.MODEL", {"negative": "nothing.CONDITIONING", "seed": "seed.INT"})
+PUPIL = sample("draw", "model.MODEL", {"seed": "seed.INT"})
 # "fixed" is the page's name for this one's control after generate
 SEED = node("seed", "PrimitiveInt", title="Seed", value=1, fixed="increment")
 COMPARE = node(

@@ -36,18 +36,13 @@ README_PROMPTS = [
 
 def readme(png_files):
     """The README's pictures, four a row, (912, 464) pixels."""
-    tiles = [Image.open(io.BytesIO(png)).convert("RGB") for png in png_files]
-    picture = Image.new("RGB", (912, 464), "white")
-    for i, tile in enumerate(tiles):
-        place = (16 + 224 * (i % 4), 16 + 224 * (i // 4))
-        picture.paste(tile.resize((208, 208), Image.Resampling.LANCZOS), place)
-    return picture
+    page = Image.new("RGB", (912, 464), "white")
+    return arrange(page, opened(png_files), columns=4, top=0, gap=16)
 
 
 def demo(png_files):
     """The four pictures, as the model drew them, in a square."""
-    tiles = [Image.open(io.BytesIO(png)).convert("RGB") for png in png_files]
-    return arrange(Image.new("RGB", (SIDE, SIDE), DARK), tiles, columns=2, top=0)
+    return arrange(Image.new("RGB", (SIDE, SIDE), DARK), opened(png_files), columns=2, top=0)
 
 
 def schedule(title, subtitle, scene, sigmas):
@@ -69,9 +64,13 @@ def bits(title, subtitle, scene):
 
 def side_by_side(title, subtitle, png_files):
     """Title, subtitle, and pairs of pictures, each pair as one node laid it out."""
-    pairs = [Image.open(io.BytesIO(png)).convert("RGB") for png in png_files]
-    sides = [half / 255 for pair in pairs for half in np.split(np.asarray(pair), 2, axis=1)]
+    pairs = map(np.asarray, opened(png_files))
+    sides = [half / 255 for pair in pairs for half in np.split(pair, 2, axis=1)]
     return card(title, subtitle, sides, columns=2)
+
+
+def opened(png_files):
+    return [Image.open(io.BytesIO(png)).convert("RGB") for png in png_files]
 
 
 def drawn(scene, rng):
@@ -89,12 +88,12 @@ def card(title, subtitle, tiles, columns=3):
     return arrange(picture, tiles, columns, top=124)
 
 
-def arrange(card, tiles, columns, top):
+def arrange(card, tiles, columns, top, gap=12):
     """Paste square tiles in rows below `top`, as large as they fit."""
-    gap = 12
     rows = -(-len(tiles) // columns)
-    side = min((SIDE - (columns + 1) * gap) // columns, (SIDE - top - gap * (rows + 1)) // rows)
-    left = (SIDE - columns * side - (columns - 1) * gap) // 2
+    wide, high = card.width - (columns + 1) * gap, card.height - top - gap * (rows + 1)
+    side = min(wide // columns, high // rows)
+    left = (card.width - columns * side - (columns - 1) * gap) // 2
     for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
         place = (left + column * (side + gap), top + gap + row * (side + gap))
