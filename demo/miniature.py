@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..distill.model import FlowModel, ModelConfig
 from ..distill.reflow import Mend
-from ..flow import Preset
+from ..flow import Preset, preset_from_metadata
 from ..host import modules
 from ..host.loading import load_diffusion_model
+from ..quant import GGUFFile
 from . import categories, recipe
 from .captions import KINDS, draw_captions
 from .evaluate import contact_sheet, draw_pictures
@@ -39,8 +40,10 @@ class Miniature:
         self.vae.load_state_dict(read_weights(models / FILES["vae"]))
         self.models = models
 
-    def shipped(self, name: str, config: ModelConfig) -> FlowModel:
-        return load_shipped(self.models, config, tuple(self.vocabulary), name)[0]
+    def shipped(self, name: str, config: ModelConfig) -> tuple[FlowModel, Preset]:
+        model, _ = load_shipped(self.models, config, tuple(self.vocabulary), name)
+        file = GGUFFile((self.models / FILES["mmdit"]).with_stem(name))
+        return model, preset_from_metadata(file.metadata)
 
     def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
         return recipe.training_batch(self.code, size, index, encoders)

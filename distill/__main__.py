@@ -59,11 +59,10 @@ def parse_arguments() -> argparse.Namespace:
     merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
     adopt = commands.add_parser("adopt", help="a model that ships, as a run to start from or score")
     adopt.add_argument("name", help="of the run to write")
-    adopt.add_argument("--shipped", default="fewstep-demo", help="file; default fewstep-demo")
+    shipped = "fewstep-teacher"
+    adopt.add_argument("--shipped", default=shipped, help=f"or fewstep-demo; default {shipped}")
     adopt.add_argument("--config", default="teacher", help="of its sizes; default teacher")
-    adopt.add_argument(
-        "--set", nargs="+", default=["t5_pieces=0"], metavar="KEY=VALUE", help="default without T5"
-    )
+    adopt.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")
     evaluate.add_argument("name", nargs="+", help="of runs")
     evaluate.add_argument("--steps", type=int, help="default the run's own; a teacher's are 50")

@@ -66,8 +66,9 @@ class Dataset(Protocol):
     def sheet(self, model: FlowModel, sigmas: Tensor, cfg: float) -> np.ndarray:
         """Pictures of a few prompts, always the same, side by side: (h, w, 3) uint8."""
 
-    def shipped(self, name: str, config: ModelConfig) -> FlowModel:
-        """The flow model of that name among the GGUF files that ship. Raises: FileNotFoundError."""
+    def shipped(self, name: str, config: ModelConfig) -> tuple[FlowModel, Preset]:
+        """The flow model of that name among the GGUF files that ship, and how it is sampled.
+        Raises: FileNotFoundError."""
 
     def evaluate(
         self,
@@ -274,16 +275,25 @@ def merge_runs(folder: Path, run: Run, ratio: float) -> Path:
 
 
 def adopt_run(folder: Path, run: Run, shipped: str, dataset: Dataset) -> Path:
-    """Write a flow model that ships as a teacher's run, so that no one need train it again.
+    """Write a flow model that ships as a run, so that no one need train it again: a student if it
+    is drawn without CFG, else a teacher. It is as exact as its file.
 
-    Its sizes are those that `run` would have. It is as exact as its file.
+    The sizes of a teacher are those that `run` would have; a student is of the run `run.teacher`.
+    Raises: FileNotFoundError for a student's teacher that is not there.
     """
     config = run.described() | {"start": None, "shipped": shipped}
     sizes = {field.name: config[field.name] for field in fields(ModelConfig)}
-    model = dataset.shipped(shipped, ModelConfig(**sizes))
-    state = {"task": {"ema": model.state_dict()}, "config": config, "done": {}}
+    model, preset = dataset.shipped(shipped, ModelConfig(**sizes))
+    if preset.cfg == 1:
+        teacher = run.teacher or "teacher"
+        checkpoint(folder, teacher)
+        sigmas = tuple(preset.sigmas().tolist())
+        config = {"stage": "adopted", "teacher": teacher, "sigmas": sigmas, "shipped": shipped}
+        task = {"weights": model.mmdit.state_dict()}
+    else:
+        task = {"ema": model.state_dict()}
     path = folder / f"{run.name}.pt"
-    save_atomically(state, path)
+    save_atomically({"task": task, "config": config, "done": {}}, path)
     return path
 
 

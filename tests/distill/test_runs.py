@@ -3,6 +3,7 @@
 import json
 import re
 from argparse import Namespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from fewstep.distill import commands, runs
 from fewstep.distill.loop import load_checkpoint
 from fewstep.distill.model import FlowModel
-from fewstep.flow import preset_from_metadata, preset_to_metadata, uniform
+from fewstep.flow import find_preset, preset_from_metadata, preset_to_metadata, uniform
 from fewstep.quant import GGUFFile, write_gguf
 from fewstep.tests.distill import toys
 from safetensors.torch import load_file
@@ -53,7 +54,9 @@ class Toy:
 
     def shipped(self, name, config):
         torch.manual_seed(len(name))
-        return FlowModel(config, self.vocabulary)
+        preset = find_preset("sd3.5-flash-experimental")
+        preset = preset if name == "student" else replace(preset, cfg=2.0)
+        return FlowModel(config, self.vocabulary), preset
 
     def export(self, model, preset, folder, recipe, file):
         folder.mkdir()
@@ -98,13 +101,35 @@ def test_a_model_that_ships_is_started_from(folder):
     given.name = "ready"
     commands.adopt(given, Toy())
     adopted = runs.load_model(folder, "ready", Toy())
-    assert torch.equal(
-        adopted.t5.shared.weight, Toy().shipped("toy", adopted.config).t5.shared.weight
-    )
+    shipped, _ = Toy().shipped("toy", adopted.config)
+    assert torch.equal(adopted.t5.shared.weight, shipped.t5.shared.weight)
     given = options(folder, "first", "trajectory")
     given.set = ["teacher=ready"]
     commands.train(given, Toy())
     assert load_checkpoint(folder / "first.pt")["config"]["teacher"] == "ready"
+
+
+def test_a_student_that_ships_is_drawn_and_gone_on_from_as_one(folder, capsys):
+    given = options(folder, "teacher", "adopt", shipped="student")
+    given.name = "ready"
+    with pytest.raises(FileNotFoundError, match="train the run teacher first"):
+        commands.adopt(given, Toy())
+    commands.train(options(folder, "teacher", "teacher"), Toy())
+    commands.adopt(given, Toy())
+    drawn, teacher = (runs.load_model(folder, name, Toy()) for name in ("ready", "teacher"))
+    shipped, preset = Toy().shipped("student", teacher.config)
+    assert torch.equal(drawn.mmdit.pos_embed, shipped.mmdit.pos_embed)
+    assert torch.equal(drawn.t5.shared.weight, teacher.t5.shared.weight)
+    sigmas, cfg = runs.schedule(runs.checkpoint(folder, "ready")["config"])
+    assert torch.equal(sigmas, preset.sigmas()) and cfg == 1
+    write(folder, "dark", "style", STUDENT | {"style": "dark", "rank": 2}, teacher="ready")
+    commands.train(options(folder, "dark", "style"), Toy())
+    given = options(folder, "second", "match")
+    given.set = ["start=ready"]
+    commands.train(given, Toy())
+    exported = {"models": folder / "models", "recipe": "flash-8", "file": None}
+    commands.export(Namespace(folder=folder, name="ready", **exported), Toy())
+    assert "ready.gguf" in capsys.readouterr().out
 
 
 def run_all(folder):
