@@ -196,14 +196,14 @@ def setting(options: argparse.Namespace) -> dict:
         "device": "cuda" if cuda else "cpu",
         "processor": torch.cuda.get_device_name() if cuda else processor(),
         "threads": options.threads,
-        "runtime": options.runtime,
+        "runtime": getattr(options, "runtime", None),
         "repeats": options.repeats,
         "clock": options.clock,
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "load": [os.getloadavg()[0]],
     }
-    if options.peer_gguf:
+    if getattr(options, "peer_gguf", None):
         command = ["git", "-C", str(options.peer_gguf), "rev-parse", "--short", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True)
         told["ComfyUI-GGUF"] = done.stdout.strip()

@@ -103,8 +103,8 @@ def dense_files(folder: Path) -> dict[str, Path]:
     """
     clips = {"CLIP-L": (768, 12, 12, 3072, "quick_gelu"), "CLIP-G": (1280, 32, 20, 5120, "gelu")}
     makers = {name: partial(clip_shapes, *sizes) for name, sizes in clips.items()}
-    paths = {}
-    for name, make in ({"F16": shapes, "VAE": vae_shapes} | makers).items():
+    paths = {"VAE": vae_file(folder)}
+    for name, make in ({"F16": shapes} | makers).items():
         paths[name] = folder / f"medium-{name}.safetensors"
         if not paths[name].exists():
             save_file({key: _normal(shape) for key, shape in make().items()}, paths[name])
@@ -117,6 +117,14 @@ def bfloat16_file(folder: Path) -> Path:
     if not path.exists():
         tensors = {key: _normal(shape, torch.bfloat16) for key, shape in shapes().items()}
         save_file(tensors, path)
+    return path
+
+
+def vae_file(folder: Path) -> Path:
+    """SD3's VAE; made if it is not there."""
+    path = folder / "medium-VAE.safetensors"
+    if not path.exists():
+        save_file({key: _normal(shape) for key, shape in vae_shapes().items()}, path)
     return path
 
 

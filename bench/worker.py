@@ -5,6 +5,8 @@
     {"do": "loras", "count": 4}         -> {} from now on the model has so many rank-16 LoRAs
     {"do": "load_encoder", "file": …}   -> the same
     {"do": "encode", "tokens": 77}      -> the same, of encoding so many words
+    {"do": "load_vae", "file": …}       -> the same
+    {"do": "decode", "pixels": 256}     -> the same, of decoding a picture; "encode_picture": back
     {"do": "memory"}                    -> {"bytes"} at the most so far
     {"do": "rates", …}, {"do": "files"}, {"do": "source"}, {"do": "quantise"} -> see there
 
@@ -111,6 +113,38 @@ class Host:
 
         return seconds(run)
 
+    def load_vae(self, file: str) -> dict:
+        def run():
+            self.vae = self.make_vae(file)
+
+        return seconds(run)
+
+    def make_vae(self, file: str):
+        """As the node Load VAE does."""
+        import comfy.sd
+        import comfy.utils
+
+        weights, metadata = comfy.utils.load_torch_file(file, return_metadata=True)
+        return comfy.sd.VAE(sd=weights, metadata=metadata)
+
+    def decode(self, pixels: int) -> dict:
+        side, g = pixels // 8, torch.Generator().manual_seed(0)
+        latent = torch.randn(1, 16, side, side, generator=g)
+        return self._through_vae("decode", latent)
+
+    def encode_picture(self, pixels: int) -> dict:
+        g = torch.Generator().manual_seed(0)
+        return self._through_vae("encode", torch.rand(1, pixels, pixels, 3, generator=g))
+
+    def _through_vae(self, way: str, value: torch.Tensor) -> dict:
+        def run():
+            with torch.inference_mode():
+                made = getattr(self.vae, way)(value)
+            if not made.isfinite().all():
+                raise ValueError(f"what the VAE makes by {way} is not finite")
+
+        return seconds(run)
+
     def loras(self, count: int) -> dict:
         import comfy.sd
 
@@ -134,6 +168,9 @@ class FewStep(Host):
 
     def make_encoder(self, file: str):
         return self.loading.load_text_encoders([file])
+
+    def make_vae(self, file: str):
+        return self.loading.load_vae(file)
 
     def rates(self, weights: int, repeats: int, clock: str) -> dict:
         """Gel/s of dequantising to bfloat16 by type, and of copying float32 to bfloat16."""
@@ -199,6 +236,11 @@ class FewStep(Host):
         from gguf import GGMLQuantizationType
 
         return {"path": str(files.t5_file(Path(folder), GGMLQuantizationType[type]))}
+
+    def vae_file(self, folder: str) -> dict:
+        from fewstep.bench import files
+
+        return {"path": str(files.vae_file(Path(folder)))}
 
 
 class PeerGGUF(Host):

@@ -7,9 +7,12 @@ result returns to the activations' type, in which all the rest of the model is c
 stored more finely (float16, float32) are multiplied as the host would, and so are small ones, where
 it would bring little: small models draw just as their dequantised weights do.
 
+A VAE computes in bfloat16 throughout, as ComfyUI has it do on a GPU, and its convolutions find the
+channels side by side (torch's `channels_last`), as oneDNN wants them.
+
 `--fp32-unet`, `--fp32-text-enc`, `--force-fp32`, or the node ModelComputeDtype, ask the host for
 float32: then all is computed as the host would, bit for bit. (The host itself sets a compute type,
-as that node does, for all text encoders.)
+as that node does, for all text encoders.) `--fp32-vae` does for a VAE.
 """
 
 import logging
@@ -50,6 +53,23 @@ def _ask_and_tell() -> bool:
 def wants_float32(text_encoder: bool = False) -> bool:
     """Whether the host was started with an option that asks for float32."""
     return args.force_fp32 or (args.fp32_text_enc if text_encoder else args.fp32_unet)
+
+
+def vae_dtype() -> torch.dtype | None:
+    """The type for a VAE to compute in; None: leave it to the host."""
+    told = args.fp16_vae or args.bf16_vae or args.fp32_vae or args.force_fp32
+    on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.vae_device())
+    return torch.bfloat16 if on_cpu and not told and multiplies_bfloat16() else None
+
+
+def channels_last(module: torch.nn.Module) -> None:
+    """Lay the weights of `module`'s convolutions in two and three dimensions out as oneDNN reads
+    them; what they put out, and so all between them, is then laid out likewise.
+    """
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.dim() in layouts:
+            parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
 
 
 def may_round(module: torch.nn.Module, input: torch.Tensor) -> bool:

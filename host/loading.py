@@ -10,7 +10,7 @@ import torch
 
 from ..flow import preset_from_metadata
 from . import t5, vocabulary
-from .cpu import use_fast_attention, wants_float32
+from .cpu import channels_last, use_fast_attention, vae_dtype, wants_float32
 from .files import (
     adopt_fp8,
     check_finite,
@@ -136,7 +136,8 @@ def _text_encoder_patcher(*args, disable_dynamic=False):
 
 
 def load_vae(path: str):
-    """-> VAE. A VAE is small and its convolutions run often, so its weights are dequantised.
+    """-> VAE. A VAE is small and its convolutions run often, so its weights are dequantised. On a
+    CPU with bfloat16 it computes in that (`cpu.vae_dtype`), if the host knows that it can.
 
     Raises: ValueError (GGUFError) naming the file and the remedy.
     """
@@ -144,9 +145,14 @@ def load_vae(path: str):
     weights = {name: dense(tensor) for name, tensor in state_dict.items()}
     for name, tensor in weights.items():
         check_finite(path, name, tensor)
-    vae = comfy.sd.VAE(sd=weights, metadata=texts(metadata))
+    dtype = vae_dtype()
+    vae = comfy.sd.VAE(sd=dict(weights), metadata=texts(metadata), dtype=dtype)
     if vae.first_stage_model is None:
         raise wrong_kind(path, state_dict, metadata, "VAE")
+    if dtype in vae.working_dtypes:
+        channels_last(vae.first_stage_model)
+    elif dtype is not None:  # such as of sound; the host knows only of one that it has built
+        vae = comfy.sd.VAE(sd=weights, metadata=texts(metadata))
     return vae
 
 

@@ -3,7 +3,7 @@
 from xml.etree import ElementTree
 
 import pytest
-from fewstep.bench import cache, chart, encode, growth, table
+from fewstep.bench import cache, chart, decode, encode, growth, table
 
 TURNS = [
     {"fewstep": 1.0, "host": 3.0},
@@ -61,6 +61,16 @@ def test_report_of_a_text_encoder():
         "| city96/ComfyUI-GGUF | 20 s | 10.00 (10.00–10.00) |",
         "| FewStep | 4 ms |  |",
         "| gguf-py | 1.4e+03 ms | 350.00 (300.00–400.00) |",
+    ):
+        assert row in text
+
+
+def test_report_of_a_vae():
+    rows = [{"pixels": 512, "way": "decode", "turns": [{"fewstep": 2.0, "host": 9.0}]}]
+    text = decode.report({"setting": {"device": "cpu"}, "rows": rows})
+    for row in (
+        "| 512² | latent to picture | FewStep | 2.00 s |  |",
+        "| 512² | latent to picture | ComfyUI, Load VAE | 9.00 s | 4.50 (4.50–4.50) |",
     ):
         assert row in text
 

@@ -3,10 +3,14 @@
 import logging
 
 import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_sub_quad
+from comfy.ldm.wan.vae import WanVAE
+from fewstep.demo.export import FILES
+from fewstep.demo.shipped import MODELS
 from fewstep.host import cpu, loading
 from fewstep.host.layout import wrap
 from fewstep.host.ops import gguf_ops
@@ -14,6 +18,7 @@ from fewstep.quant import dequantize
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_loading import sample
 from gguf import GGMLQuantizationType as T
+from safetensors.torch import save_file
 
 # bfloat16 has 8 bits: a rounding errs by at most 2**-9 of a value. Weights, inputs and results are
 # each rounded once, independently, and sums are in float32: √3·2**-9/√3 in the mean square.
@@ -161,6 +166,70 @@ def test_an_attention_of_the_users_own_wins(bfloat16, tmp_path):
     model.model_options["transformer_options"]["optimized_attention_override"] = own
     sample(model, 1)
     assert seen
+
+
+@pytest.fixture(scope="module")
+def vae_files(tmp_path_factory):
+    """A VAE of two dimensions (the demo's) and one of three (Wan's, narrow), and how they are
+    told from each other.
+    """
+    wan = WanVAE(dim=32, z_dim=16, dim_mult=[1, 2, 4, 4], temperal_downsample=[False, True, True])
+    g = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, tensor in wan.state_dict().items():
+        plain = tensor.dim() < 4 or "gamma" in name
+        noise = torch.randn(tensor.shape, generator=g) / tensor[0].numel() ** 0.5
+        weights[name] = torch.full_like(tensor, float("gamma" in name)) if plain else noise
+    path = tmp_path_factory.mktemp("vae") / "wan.safetensors"
+    save_file(weights, path)
+    return {4: str(MODELS / FILES["vae"]), 5: str(path)}
+
+
+def decoded(vae, dimensions):
+    """A picture, or of three dimensions three frames: (…, height, width, 3) in [0, 1]."""
+    shape = (1, 16, 4, 4) if dimensions == 4 else (1, 16, 1, 4, 4)
+    return vae.decode(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("dimensions", [4, 5])
+def test_a_vae_computes_in_bfloat16(bfloat16, monkeypatch, vae_files, dimensions):
+    vae = loading.load_vae(vae_files[dimensions])
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}[dimensions]
+    convolutions = [p for p in vae.first_stage_model.parameters() if p.dim() == dimensions]
+    assert all(p.is_contiguous(memory_format=layout) for p in convolutions)
+    assert {p.dtype for p in convolutions} == {vae.vae_dtype} == {torch.bfloat16}
+    monkeypatch.setattr(args, "fp32_vae", True)
+    plain = loading.load_vae(vae_files[dimensions])
+    assert plain.vae_dtype == torch.float32
+    drawn, truth = decoded(vae, dimensions), decoded(plain, dimensions)
+    assert drawn.dtype == torch.float32 and not torch.equal(drawn, truth)
+    assert (drawn - truth).square().mean().sqrt() < 0.01  # 40 dB
+
+
+@pytest.mark.parametrize("option", ["fp32_vae", "fp16_vae", "bf16_vae", "force_fp32"])
+def test_options_of_the_host_decide_a_vaes_type(bfloat16, monkeypatch, vae_files, option):
+    monkeypatch.setattr(args, option, True)
+    host = comfy.sd.VAE(sd=comfy.utils.load_torch_file(vae_files[5]))
+    vae = loading.load_vae(vae_files[5])
+    assert vae.vae_dtype == host.vae_dtype
+    assert all(p.is_contiguous() for p in vae.first_stage_model.parameters())
+
+
+def test_a_vae_that_has_no_bfloat16_stays_as_the_host_has_it(bfloat16, monkeypatch, vae_files):
+    class Exact(comfy.sd.VAE):
+        """As those of sound are: told by the host only once they are built."""
+
+        working_dtypes = property(lambda vae: [torch.float32], lambda vae, dtypes: None)
+
+    monkeypatch.setattr(comfy.sd, "VAE", Exact)
+    vae = loading.load_vae(vae_files[4])
+    assert vae.vae_dtype == torch.float32
+    assert {p.dtype for p in vae.first_stage_model.parameters()} == {torch.float32}
+
+
+def test_a_cpu_without_bfloat16_leaves_a_vae_to_the_host(monkeypatch, vae_files):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    assert loading.load_vae(vae_files[4]).vae_dtype == torch.float32
 
 
 def test_says_once_what_the_cpu_can_do(caplog):
