@@ -19,6 +19,19 @@ import run
 
 run.load_pack()
 
+OF_A_MODEL = ("text_encoder", "vae", "images", "prompts", "size")  # options beside --model
+
+
+def at_least(low: int):
+    """A kind of number for argparse."""
+
+    def whole(text: str) -> int:
+        if (number := int(text)) < low:
+            raise argparse.ArgumentTypeError(f"{number} is less than {low}")
+        return number
+
+    return whole
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
@@ -65,7 +78,9 @@ def parse_arguments() -> argparse.Namespace:
     adopt.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")
     evaluate.add_argument("name", nargs="+", help="of runs")
-    evaluate.add_argument("--steps", type=int, help="default the run's own; a teacher's are 50")
+    evaluate.add_argument(
+        "--steps", type=at_least(1), help="default the run's own; a teacher's are 50"
+    )
     evaluate.add_argument("--cfg", type=float, help="default the run's own: a student's is 1")
     evaluate.add_argument("--recipe", help="quantised so first, as quant's recipe of that name")
     evaluate.add_argument("--sheet", action="store_true", help="draw a sheet as well")
@@ -75,23 +90,25 @@ def parse_arguments() -> argparse.Namespace:
     export.add_argument("--file", help="name of the model's file; default as the one that ships")
     time = commands.add_parser("time", help="seconds a picture through ComfyUI, runs in turns")
     time.add_argument("name", nargs="+", help="of runs")
-    time.add_argument("--turns", type=int, default=9, help="default 9")
+    time.add_argument("--turns", type=at_least(1), default=9, help="default 9")
     for command in (export, time):
         command.add_argument("--recipe", default="flash-8", help="of the model; default flash-8")
     noise = commands.add_parser("noise", help="how noisy the gradient of stage 2 is")
     noise.add_argument("name", nargs="+", help="of runs, shared and random")
-    noise.add_argument("--batches", type=int, default=16, help="default 16")
+    noise.add_argument("--batches", type=at_least(2), default=16, help="default 16")
     table = commands.add_parser("table", help="docs/distilled.md from the folder's logs")
     table.add_argument("--docs", default=run.ROOT / "docs", type=Path, help="folder to write to")
     for command in (merge, evaluate):
-        command.add_argument("--captions", type=int, default=1000, help="default 1000")
+        command.add_argument("--captions", type=at_least(12), default=1000, help="default 1000")
         command.add_argument(
             "--encoders", default="no t5", help="both, no t5 (default), zero t5, zero clip"
         )
     for command in commands.choices.values():
         command.add_argument("--folder", default=run.ROOT / ".train" / "distill", type=Path)
         command.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
-        command.add_argument("--threads", type=int, default=0, help="CPU threads; default all")
+        command.add_argument(
+            "--threads", type=at_least(0), default=0, help="CPU threads; default all"
+        )
     return parser.parse_args()
 
 
@@ -118,12 +135,18 @@ def main() -> int:
     from fewstep.demo.__main__ import prepare
 
     prepare(options)
+    import torch
     from fewstep.distill.loop import TrainingDiverged
 
     try:
         act(options)
-    except (ValueError, OSError, TrainingDiverged) as error:
+    except (ValueError, OSError, TrainingDiverged, MemoryError) as error:
         print(f"python -m distill: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if "allocate" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"python -m distill: too little memory for this batch: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
@@ -132,6 +155,10 @@ def main() -> int:
 
 
 def act(options: argparse.Namespace) -> None:
+    given = [name for name in OF_A_MODEL if getattr(options, name, None)]
+    if given and not options.model:
+        option = given[0].replace("_", "-")
+        raise ValueError(f"--{option} is for a --model FILE; the miniature has its own scenes")
     if getattr(options, "model", None):
         from fewstep.distill import host_run
 

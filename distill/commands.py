@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..host.learned import save_whole
 from . import runs
-from .loop import Task
+from .loop import Task, save_atomically
 from .lora import as_file
 from .merge import RATIOS
 from .noise import noise_scale
@@ -68,9 +68,10 @@ def dry_run(run: Run, folder: Path, dataset: Dataset, device: str) -> str:
 
 def two_steps(task: Task) -> tuple[float, float]:
     """Loss and seconds of the second step, in which what is needed but once is not timed."""
-    task.step(0, 0.0)
+    waits = getattr(task, "waits", 0)  # steps in which the student itself does not learn yet
+    task.step(waits, 0.0)
     start = perf_counter()
-    loss = float(task.step(1, 0.0))
+    loss = float(task.step(waits + 1, 0.0))
     return loss, perf_counter() - start
 
 
@@ -89,11 +90,12 @@ def merge(options: Namespace, dataset: Dataset) -> None:
     ratios = RATIOS if options.ratio is None else (options.ratio,)
     scores = {}
     for ratio in ratios:
-        runs.merge_runs(options.folder, run, ratio)
-        scored = _evaluate(run.name, options, dataset, note={"ratio": ratio}, choosing=True)
+        state, note = runs.merged(options.folder, run, ratio), {"ratio": ratio}
+        scored = _evaluate(run.name, state, options, dataset, note=note, choosing=True)
         scores[ratio] = scored["overall"], scored["right"]
-    best = max(scores, key=scores.get)
-    print(f"{runs.merge_runs(options.folder, run, best)}: ratio {best} of the high branch")
+    best, path = max(scores, key=scores.get), options.folder / f"{run.name}.pt"
+    save_atomically(runs.merged(options.folder, run, best), path)
+    print(f"{path}: ratio {best} of the high branch")
 
 
 def adopt(options: Namespace, dataset: Dataset) -> None:
@@ -105,7 +107,8 @@ def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
     """Score runs, and add a line to evaluations.jsonl for each."""
     for name in options.name:
         note = {"recipe": options.recipe} if options.recipe else {}
-        _evaluate(name, options, dataset, options.steps, options.cfg, note)
+        state = runs.checkpoint(options.folder, name)
+        _evaluate(name, state, options, dataset, options.steps, options.cfg, note)
         if options.sheet:
             config = runs.checkpoint(options.folder, name)["config"]
             sigmas, cfg = runs.schedule(config, options.steps)
@@ -116,9 +119,8 @@ def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
 
 
 def _evaluate(
-    name, options, dataset, steps=None, cfg=None, note=None, choosing=False
+    name, state, options, dataset, steps=None, cfg=None, note=None, choosing=False
 ) -> dict[str, float]:
-    state = runs.checkpoint(options.folder, name)
     config = state["config"]
     sigmas, own = runs.schedule(config, steps)
     cfg = own if cfg is None else cfg
@@ -203,8 +205,9 @@ def noise(options: Namespace, dataset: Dataset) -> None:
 
 def table(options: Namespace, dataset: Dataset) -> None:
     """Write docs/distilled.md from what the folder's runs have logged."""
+    text = page(options.folder)
     options.docs.mkdir(parents=True, exist_ok=True)
-    (options.docs / "distilled.md").write_text(page(options.folder), encoding="utf-8")
+    (options.docs / "distilled.md").write_text(text, encoding="utf-8")
 
 
 def _note(path: Path, row: dict) -> None:

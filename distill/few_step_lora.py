@@ -9,7 +9,7 @@ teacher draws, as in SD3.5-Flash (arXiv 2509.21318), whose data are synthetic.
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 METHODS = ("trajectory", "matching")
 DTYPES = {"model": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 PREVIEWS = 16  # drawn in a training
+MARK = 10  # steps between weights that are kept, should the training diverge
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ class Plan:
 
     def __post_init__(self):
         """Raises: ValueError for a method or a type that there is not."""
-        for field, known in (("method", METHODS), ("dtype", DTYPES)):
-            if (given := getattr(self, field)) not in known:
-                raise ValueError(f"{field} is {given!r}: expected one of {', '.join(known)}")
+        for name, known in (("method", METHODS), ("dtype", DTYPES)):
+            if (given := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {given!r}: expected one of {', '.join(known)}")
 
     def training(self, processes: One = ONE) -> dict:
         """What `host.training.training` is told."""
@@ -167,16 +168,45 @@ def build(
     return MatchTask(plan.match(), *given)
 
 
-def steps(task: StudentTask, count: int) -> Iterator[float]:
-    """The loss of each of `count` updates. Raises: TrainingDiverged, weights as before it."""
-    for index in range(count):
-        loss = task.step(index, index / count).item()
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"The loss is {loss} at step {index} of {count}. What was learned before it is "
-                "kept; lower the learning rate, and see whether the model draws as it should."
-            )
-        yield loss
+@dataclass
+class Learned:
+    """What a training has come to: steps done, and the weights after so many of them.
+
+    A finite loss proves the weights that it was computed with, so what is kept of a training that
+    diverges is what stood before the last step that was proved.
+    """
+
+    task: StudentTask
+    losses: list[float] = field(default_factory=list)
+    diverged: bool = False
+    proved: tuple[int, dict[str, Tensor]] = (0, {})
+    marked: tuple[int, dict[str, Tensor]] | None = None
+
+    def steps(self, count: int) -> Iterator[int]:
+        """Of `count` updates, how many are done. Raises: TrainingDiverged."""
+        for index in range(count):
+            loss = self.task.step(index, index / count).item()
+            if not math.isfinite(loss):
+                self.diverged = True
+                raise TrainingDiverged(self._told(loss, index, count))
+            if self.marked is not None:
+                self.proved, self.marked = self.marked, None
+            self.losses.append(loss)
+            if (index + 1) % MARK == 0:
+                self.marked = index + 1, self.task.weights()
+            yield index + 1
+
+    def _told(self, loss: float, index: int, count: int) -> str:
+        what = f"The loss is {loss} at step {index} of {count}"
+        if index == 0:
+            return f"{what}, the first: see whether the model draws as it should"
+        done = self.proved[0]
+        kept = f"What was learned in {done} steps is kept" if done else "Nothing is kept"
+        return f"{what}. {kept}; lower the learning rate."
+
+    def kept(self) -> tuple[int, dict[str, Tensor]]:
+        """Steps and weights that are worth keeping."""
+        return self.proved if self.diverged else (len(self.losses), self.task.weights())
 
 
 def distil(
@@ -188,7 +218,6 @@ def distil(
     Raises: ValueError; the host's interrupt, TrainingDiverged: both leave the LoRA so far in a
     file that the log names.
     """
-    losses: list[float] = []
     shape = tuple(latents.shape[1:])
     opened = training(model, positive, negative, shape, **plan.training())
     with opened as backbone, TemporaryDirectory() as folder:
@@ -197,9 +226,9 @@ def distil(
         task = build(plan, backbone, latents.clone(), Path(folder), start)
         progress = Progress(backbone.patcher, plan.steps)
         every = -(-plan.steps // PREVIEWS)
-        with kept_if_stopped(task.weights, lambda: len(losses)):
-            for loss in steps(task, plan.steps):
-                losses.append(loss)
-                shown = progress.previewer is not None and len(losses) % every == 0
-                progress(len(losses), task.draw() if shown else None)
-        return task.weights(), losses
+        learned = Learned(task)
+        with kept_if_stopped(learned.kept):
+            for done in learned.steps(plan.steps):
+                shown = progress.previewer is not None and done % every == 0
+                progress(done, task.draw() if shown else None)
+        return task.weights(), learned.losses

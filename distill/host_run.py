@@ -9,7 +9,7 @@ LoRA.
 import hashlib
 import logging
 from argparse import Namespace
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +25,8 @@ from . import folder as data
 from .commands import two_steps
 from .few_step_lora import Plan, build
 from .loop import Budget, check_config, load_checkpoint, save_atomically, train
-from .runs import plain
+from .runs import changed
+from .settings import check_settings
 from .several import One, processes
 from .watch import Watch
 
@@ -112,15 +113,11 @@ def fingerprint(value: Any) -> str:
 
 def read_plan(command: str, changes: list[str]) -> Plan:
     """A Plan with KEY=VALUE changes. Raises: ValueError naming what is not known, and what is."""
-    known = {field.name: field.type for field in fields(Plan) if field.name != "method"}
-    given = {"sigmas": SIGMAS, "guidance": GUIDANCE, "method": METHODS[command]}
-    for change in changes:
-        key, _, value = change.partition("=")
-        if key not in known:
-            raise ValueError(f"there is no setting {key}. There are {', '.join(sorted(known))}")
-        value = value if known[key] is str else plain(value)
-        given[key] = tuple(value) if isinstance(value, list) else value
-    return Plan(**given)
+    own = {"sigmas": SIGMAS, "guidance": GUIDANCE, "method": METHODS[command]}
+    given = changed(changes)
+    if "method" in given:
+        raise ValueError(f"method is the command's to say: trajectory or match, not {command}")
+    return Plan(**own | check_settings(Plan, given))
 
 
 def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:

@@ -8,7 +8,7 @@ machine, with a budget in samples; one in minutes depends on the machine's speed
 import logging
 import math
 import os
-import tempfile
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -42,7 +42,7 @@ class Task(Protocol):
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss, or its gradient, is no longer finite. The state before that is kept."""
+    """The loss, or its gradient, is no longer finite. The last good state is kept."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Budget:
     def __post_init__(self):
         if (self.minutes is None) == (self.samples is None):
             raise ValueError("a budget is either minutes or samples: give just one of the two")
+        for name in ("minutes", "samples"):
+            if (given := getattr(self, name)) is not None and not given > 0:
+                raise ValueError(f"{name} is {given}: give more than 0")
 
     def progress(self, done: "Done") -> float:
         """The share used up, 1 when training is over."""
@@ -74,21 +77,43 @@ class Done:
 
 def save_atomically(state: dict, path: Path) -> None:
     """Write a checkpoint beside its place, then rename it there: never half a file."""
+    os.replace(_save_beside(state, path), path)
+
+
+def _save_beside(state: dict, path: Path) -> Path:
+    """Raises: OSError naming `path` where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        cause = error.__context__  # torch's writer ends with an error of its own
+        if isinstance(error, RuntimeError) and isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        if isinstance(error, RuntimeError | OSError):
+            raise OSError(f"{path} cannot be written: {cause or error}") from error
+        raise
+    return temporary
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """A checkpoint of ours; tensors and plain values only, nothing in it is executed."""
-    return torch.load(path, map_location=device, weights_only=True)
+    """A checkpoint of ours; tensors and plain values only, nothing in it is executed.
+
+    Raises: ValueError for a file that is none.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or no file of ours: delete it") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no file of ours: it holds no dict. Delete it")
+    return state
 
 
 def check_config(path: Path, made: dict, asked: dict, free: Sequence[str] = ()) -> None:
@@ -121,6 +146,8 @@ def train(
     `config`: plain values that a checkpoint must have been made with. `watch(done, loss)` is called
     after every LOG_STEPS steps with their mean loss. `writes`: False in all of several processes
     but one, which then neither save nor watch.
+    A state is kept once the loss of the next step is finite: one that a step too large has broken
+    never takes the place of the one before.
     Raises TrainingDiverged, naming the step, as soon as a loss is not finite, or when gradients
     have not been for LOST_GRADIENTS steps; ValueError for a checkpoint of another configuration.
     """
@@ -128,37 +155,69 @@ def train(
     if path.exists():
         state = load_checkpoint(path)
         check_config(path, state.get("config", {}), config, FREE)
-        task.load_state_dict(state["task"])
-        done = Done(**state["done"])
+        try:
+            task.load_state_dict(state["task"])
+            done = Done(**state["done"])
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is no checkpoint of this training: delete it") from error
         log.info("%s: going on at step %d from %s", task.name, done.steps, path)
     start, saved, losses, lost = time.monotonic() - done.seconds, done.seconds, [], 0
+    began, written = done.steps, None
 
-    def save() -> None:
-        if writes:
-            state = {"task": task.state_dict(), "done": asdict(done), "config": config}
-            save_atomically(state, path)
+    def save() -> Path | None:
+        if not writes:
+            return None
+        state = {"task": task.state_dict(), "done": asdict(done), "config": config}
+        return _save_beside(state, path)
 
-    while budget.progress(done) < 1:
-        losses.append(task.step(done.steps, budget.progress(done)).float().cpu())
-        gradient = float(getattr(task, "metrics", {}).get("gradient", 0.0))
-        lost = 0 if math.isfinite(gradient) else lost + 1
-        if not math.isfinite(losses[-1]) or lost == LOST_GRADIENTS:
-            save()
-            what = f"loss {losses[-1]}" if lost < LOST_GRADIENTS else f"gradient {gradient}"
-            raise TrainingDiverged(
-                f"{task.name}: {what} at step {done.steps}; the state before it is kept in {path}: "
-                "run the same command with a lower learning rate, and it goes on from there"
-            )
-        done.steps, done.samples = done.steps + 1, done.samples + task.batch
-        done.seconds = time.monotonic() - start
-        if done.steps % LOG_STEPS == 0:
-            mean = torch.stack(losses).mean().item()
-            rate = done.samples / done.seconds
-            log.info("%s: step %d loss %.4f %.1f/s", task.name, done.steps, mean, rate)
-            losses.clear()
-            if watch is not None and writes:
-                watch(done, mean)
-        if done.seconds - saved > save_seconds or budget.progress(done) >= 1:
-            save()
-            saved = done.seconds
+    def keep() -> None:
+        nonlocal written
+        if written is not None:
+            os.replace(written, path)
+            written = None
+
+    try:
+        while budget.progress(done) < 1:
+            losses.append(task.step(done.steps, budget.progress(done)).float().cpu())
+            if not math.isfinite(losses[-1]):
+                if written is not None:
+                    written.unlink()
+                    written = None
+                raise TrainingDiverged(_diverged(task, losses[-1], done.steps, began, path))
+            keep()
+            gradient = float(getattr(task, "metrics", {}).get("gradient", 0.0))
+            lost = 0 if math.isfinite(gradient) else lost + 1
+            if lost == LOST_GRADIENTS:  # which changed nothing
+                written = save()
+                raise TrainingDiverged(
+                    f"{task.name}: gradient {gradient} at step {done.steps}; the state before it "
+                    f"is kept in {path}: run the same command with a lower learning rate, and it "
+                    "goes on from there"
+                )
+            done.steps, done.samples = done.steps + 1, done.samples + task.batch
+            done.seconds = time.monotonic() - start
+            if done.steps % LOG_STEPS == 0:
+                mean = torch.stack(losses).mean().item()
+                rate = done.samples / done.seconds
+                log.info("%s: step %d loss %.4f %.1f/s", task.name, done.steps, mean, rate)
+                losses.clear()
+                if watch is not None and writes:
+                    watch(done, mean)
+            if done.seconds - saved > save_seconds or budget.progress(done) >= 1:
+                written, saved = save(), done.seconds
+    finally:
+        keep()
     return done
+
+
+def _diverged(task: Task, loss: Tensor, step: int, began: int, path: Path) -> str:
+    """What is said of a loss that is not finite, in a training that began at step `began`."""
+    what = f"{task.name}: loss {loss} at step {step}"
+    if step == began:
+        return f"{what}, the first: look at what it starts from, and what it learns from"
+    if not path.exists():
+        return f"{what}, before anything was saved: run the same command with a lower learning rate"
+    return (
+        f"{what}; the last good state is kept in {path}: run the same command with a lower "
+        "learning rate, and it goes on from there"
+    )

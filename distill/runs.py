@@ -30,6 +30,7 @@ from .memory import memory_needed
 from .merge import merge
 from .model import FlowModel, ModelConfig
 from .reflow import Mend
+from .settings import check_settings
 from .style import StyleConfig, StyleTask
 from .teacher import TeacherConfig, TeacherTask
 from .trajectory import TrajectoryConfig, TrajectoryTask
@@ -126,24 +127,36 @@ def read_run(config: str | Path, name: str | None = None, changes: Sequence[str]
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no JSON object: {error}") from error
     settings = given.pop("settings", {})
-    for change in changes:
-        key, _, value = change.partition("=")
-        place = given if key in ("samples", "teacher", "start") else settings
-        place[key] = plain(value)
-    stage = given.get("stage")
-    if stage not in SETTINGS:
-        raise ValueError(f"{path}: stage is {stage!r}, expected one of {', '.join(SETTINGS)}")
-    known = {field.name for field in fields(SETTINGS[stage])}
-    if odd := set(settings) - known:
+    if not isinstance(settings, dict):
         raise ValueError(
-            f"{path}: {stage} has no setting {sorted(odd)[0]}. It has {', '.join(sorted(known))}"
+            f"{path}: settings are {settings!r}, expected an object of names and values"
         )
-    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    for key, value in changed(changes).items():
+        place = given if key in ("samples", "teacher", "start") else settings
+        place[key] = value
+    stage = given.get("stage")
+    if not isinstance(stage, str) or stage not in SETTINGS:
+        raise ValueError(f"{path}: stage is {stage!r}, expected one of {', '.join(SETTINGS)}")
+    settings = check_settings(SETTINGS[stage], settings, f"{path}: ")
     if "samples" not in given:
         raise ValueError(f"{path} does not say samples: how many to train on")
-    if odd := set(given) - {field.name for field in fields(Run)}:
+    if odd := set(given) - {"stage", "samples", "teacher", "start"}:
         raise ValueError(f"{path}: a run has no {sorted(odd)[0]}; settings stand under settings")
+    if stage not in TEACHERS and given.get("teacher") is None:
+        raise ValueError(f"{path} does not say teacher: the run that a {stage} learns from")
+    given = check_settings(Run, given, f"{path}: ")
     return Run(name=name or path.stem, settings=SETTINGS[stage](**settings), **given)
+
+
+def changed(changes: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE of the command line; values as JSON has them, or else texts."""
+    made = {}
+    for change in changes:
+        key, sign, value = change.partition("=")
+        if not sign:
+            raise ValueError(f"--set {change}: expected KEY=VALUE")
+        made[key] = plain(value)
+    return made
 
 
 def kept_run(folder: Path, name: str) -> Run:
@@ -176,7 +189,10 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
         else:
             task = TeacherTask(*given)
         if run.start:
-            task.start_from(checkpoint(folder, run.start)["task"]["ema"])
+            state = checkpoint(folder, run.start)
+            if state["config"]["stage"] not in TEACHERS:
+                raise ValueError(f"{run.start} is a student: a teacher starts from a teacher's run")
+            task.start_from(finite(state["task"]["ema"], folder / f"{run.start}.pt"))
         return task
     taught = checkpoint(folder, run.teacher)
     teacher = model_of(folder, taught, dataset)
@@ -255,6 +271,8 @@ def _drawn(task: Task) -> FlowModel:
 
 def branches(run: Run) -> tuple[Run, Run]:
     """The two runs of stage 3 that start from one student: low and high noise, parted at 0.5."""
+    if run.stage != "match":
+        raise ValueError(f"the configuration is for {run.stage}: only a match has two branches")
     low = replace(run.settings, branch=(0.0, 0.5))
     high = replace(run.settings, branch=(0.5, 1.0))
     return (
@@ -263,15 +281,18 @@ def branches(run: Run) -> tuple[Run, Run]:
     )
 
 
-def merge_runs(folder: Path, run: Run, ratio: float) -> Path:
-    """Write the merge of a run's two branches, (1 − ratio)·low + ratio·high, as a run NAME."""
+def merged(folder: Path, run: Run, ratio: float) -> dict:
+    """The merge of a run's two branches, (1 − ratio)·low + ratio·high, as a checkpoint.
+
+    Raises: ValueError for a ratio that is none.
+    """
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio is {ratio}: expected a share from 0 to 1")
     parts = [branch.name for branch in branches(run)]
     low, high = (weights_of(folder, part) for part in parts)
     config = checkpoint(folder, parts[0])["config"] | {"stage": "merge", "ratio": ratio}
     config.pop("branch")
-    path = folder / f"{run.name}.pt"
-    save_atomically({"task": {"weights": merge(low, high, ratio)}, "config": config}, path)
-    return path
+    return {"task": {"weights": merge(low, high, ratio)}, "config": config}
 
 
 def adopt_run(folder: Path, run: Run, shipped: str, dataset: Dataset) -> Path:
@@ -281,9 +302,18 @@ def adopt_run(folder: Path, run: Run, shipped: str, dataset: Dataset) -> Path:
     The sizes of a teacher are those that `run` would have; a student is of the run `run.teacher`.
     Raises: FileNotFoundError for a student's teacher that is not there.
     """
+    path = folder / f"{run.name}.pt"
+    if path.exists() and "shipped" not in load_checkpoint(path).get("config", {}):
+        raise ValueError(f"{path} was trained here: adopt under another name, or delete it")
+    if run.stage not in TEACHERS:
+        raise ValueError(f"a {run.stage} says no sizes: pass the --config of a teacher")
     config = run.described() | {"start": None, "shipped": shipped}
     sizes = {field.name: config[field.name] for field in fields(ModelConfig)}
-    model, preset = dataset.shipped(shipped, ModelConfig(**sizes))
+    try:
+        model, preset = dataset.shipped(shipped, ModelConfig(**sizes))
+    except RuntimeError as error:
+        told = ", ".join(f"{key} {value}" for key, value in sizes.items())
+        raise ValueError(f"{shipped} has other sizes than the configuration: {told}") from error
     if preset.cfg == 1:
         teacher = run.teacher or "teacher"
         checkpoint(folder, teacher)
@@ -292,7 +322,6 @@ def adopt_run(folder: Path, run: Run, shipped: str, dataset: Dataset) -> Path:
         task = {"weights": model.mmdit.state_dict()}
     else:
         task = {"ema": model.state_dict()}
-    path = folder / f"{run.name}.pt"
     save_atomically({"task": task, "config": config, "done": {}}, path)
     return path
 
@@ -353,11 +382,11 @@ def model_of(folder: Path, state: dict, dataset: Dataset) -> FlowModel:
     config = state["config"]
     if config["stage"] not in TEACHERS:
         model = load_model(folder, config["teacher"], dataset)
-        model.mmdit.load_state_dict(state["task"]["weights"])
+        model.mmdit.load_state_dict(finite(state["task"]["weights"], config["stage"]))
         return model
     sizes = {field.name: config[field.name] for field in fields(ModelConfig)}
     model = FlowModel(ModelConfig(**sizes), dataset.vocabulary)
-    model.load_state_dict(state["task"]["ema"])
+    model.load_state_dict(finite(state["task"]["ema"], config["stage"]))
     return model.eval().requires_grad_(False)
 
 
@@ -366,7 +395,15 @@ def weights_of(folder: Path, name: str) -> dict[str, Tensor]:
     state = checkpoint(folder, name)
     if "weights" not in state["task"]:
         raise ValueError(f"{folder / name}.pt is no student's: start from one, or from nothing")
-    return state["task"]["weights"]
+    return finite(state["task"]["weights"], folder / f"{name}.pt")
+
+
+def finite(weights: dict[str, Tensor], what: object) -> dict[str, Tensor]:
+    """`weights`. Raises: ValueError naming the first that are not all finite."""
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{what}: {name} holds NaN or infinity: train or adopt the run again")
+    return weights
 
 
 def checkpoint(folder: Path, name: str) -> dict:

@@ -25,10 +25,19 @@ _SAME = ("name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "ren
 
 
 def rows(path: Path) -> list[dict]:
-    """The lines of a JSON Lines file; none if there is no file."""
+    """The lines of a JSON Lines file; none if there is no file. Raises: ValueError naming a line
+    that is no object.
+    """
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is no JSON object: delete the line"
+            ) from error
     return list({tuple(row.get(key) for key in _SAME): row for row in lines}.values())
 
 
@@ -252,7 +261,9 @@ def _told(value: float, unit: str) -> str:
 
 
 def page(folder: Path) -> str:
-    """The whole page."""
+    """The whole page. Raises: ValueError where no run of `folder` was scored."""
+    if not (folder / EVALUATIONS).exists():
+        raise ValueError(f"{folder} holds no {EVALUATIONS}: score a run first (eval)")
     evaluations, times = rows(folder / EVALUATIONS), rows(folder / TIMES)
     measured = rows(folder / NOISE)
     return f"""# The miniature, distilled

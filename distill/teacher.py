@@ -67,6 +67,8 @@ class TeacherTask:
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name.startswith(config.learn))
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(f"learn is {config.learn!r}: no weight's name begins so")
         hidden = (*HIDDEN, "context_embedder") if config.t5_pieces else HIDDEN
         self.optimizers = build_optimizers(self.model, config, hidden)
         if config.compiled:
@@ -74,7 +76,10 @@ class TeacherTask:
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         """Go on from a model's averaged weights; a T5 that they lack keeps its first ones."""
-        lacking, _ = self.model.load_state_dict(weights, strict=False)
+        try:
+            lacking, _ = self.model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise ValueError("the model to start from has other sizes than this one's") from error
         if wrong := [name for name in lacking if not name.startswith("t5.")]:
             raise ValueError(f"the model to start from lacks {wrong[0]}: it is of another kind")
         self.ema = {name: value.clone() for name, value in self.model.state_dict().items()}

@@ -35,7 +35,7 @@ class Watch:
         self.log, self.sheets = folder / f"{name}.jsonl", folder / "sheets" / name
         self.metrics, self.sheet, self.pause = metrics, sheet, 60 * sheet_minutes
         self.drawn, self.events = time.monotonic(), None
-        folder.mkdir(parents=True, exist_ok=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 

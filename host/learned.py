@@ -84,15 +84,16 @@ def _save_stopped(weights: dict[str, Tensor], steps: int) -> Path:
 
 
 @contextmanager
-def kept_if_stopped(
-    weights: Callable[[], dict[str, Tensor]], steps: Callable[[], int]
-) -> Iterator[None]:
-    """If what is inside does not come to its end, the LoRA of so many steps is saved."""
+def kept_if_stopped(kept: Callable[[], tuple[int, dict[str, Tensor]]]) -> Iterator[None]:
+    """If what is inside does not come to its end, the LoRA of so many steps, as `kept` gives them,
+    is saved.
+    """
     finished = False
     try:
         yield
         finished = True
     finally:
-        if not finished and steps():
-            path = _save_stopped(weights(), steps())
-            log.warning("Training stopped after %d steps: the LoRA so far is %s.", steps(), path)
+        if not finished and (so_far := kept())[0]:
+            steps, weights = so_far
+            path = _save_stopped(weights, steps)
+            log.warning("Training stopped after %d steps: the LoRA so far is %s.", steps, path)

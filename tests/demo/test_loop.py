@@ -1,6 +1,8 @@
 """The training loop: budgets, exact resuming, whole checkpoints, and a named end for NaN."""
 
+import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +23,10 @@ class Slope:
 
     name, batch = "slope", 2
 
-    def __init__(self, breaks=None, cliffs=None):
+    def __init__(self, breaks=None, cliffs=None, far=1.0):
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.AdamW([self.weight], lr=0.1)
+        self.far = far
         self.breaks, self.cliffs, self.seen, self.metrics = breaks, cliffs, [], {}
 
     def step(self, index, progress):
@@ -39,6 +42,7 @@ class Slope:
         loss.backward()
         self.optimizer.param_groups[0]["lr"] = 0.1 * (1 - progress)
         self.optimizer.step()
+        self.weight.data.mul_(self.far)
         return loss.detach()
 
     def state_dict(self):
@@ -55,22 +59,42 @@ def test_goes_on_to_the_very_same_weights(tmp_path):
     with pytest.raises(TrainingDiverged):
         train(first, tmp_path / "cut.pt", Budget(samples=40), save_seconds=0)
     done = train(second, tmp_path / "cut.pt", Budget(samples=40), save_seconds=0)
-    assert second.seen == whole.seen[7:]
+    assert second.seen == whole.seen[6:]  # the state before step 7 has not proved good
     assert torch.equal(second.weight, whole.weight)
     assert (done.steps, done.samples) == (20, 40)
 
 
-@pytest.mark.parametrize("save_seconds", [0, 1000])
-def test_names_the_step_of_a_nan_and_keeps_the_last_good_state(tmp_path, save_seconds):
+def test_names_the_step_of_a_nan_and_keeps_the_last_good_state(tmp_path):
     path = tmp_path / "slope.pt"
-    with pytest.raises(TrainingDiverged, match=r"slope: loss nan at step 5.*slope\.pt"):
-        train(Slope(breaks=5), path, Budget(samples=40), save_seconds, {"rate": 1.0})
+    with pytest.raises(TrainingDiverged, match=r"slope: loss nan at step 5; .*slope\.pt"):
+        train(Slope(breaks=5), path, Budget(samples=40), 0, {"rate": 1.0})
+    assert load_checkpoint(path)["done"]["steps"] == 4
     train(Slope(), path, Budget(samples=12), config={"rate": 0.5})  # as the message has it
     train(broken := Slope(breaks=6), path, Budget(samples=12), config={"rate": 0.5})
     assert broken.seen == []
     state = load_checkpoint(path)
     assert state["done"]["steps"] == 6
     assert torch.isfinite(state["task"]["weight"]).all()
+    assert [file.name for file in tmp_path.iterdir()] == ["slope.pt"]
+
+
+def test_a_step_that_breaks_the_weights_is_not_kept(tmp_path):
+    path = tmp_path / "slope.pt"
+    train(Slope(), path, Budget(samples=8))
+    wild = Slope(far=3e38)  # its step 4 is finite, but what it leaves is not
+    with pytest.raises(TrainingDiverged, match=r"loss (nan|inf) at step 5; the last good state"):
+        train(wild, path, Budget(samples=40), save_seconds=0)
+    assert load_checkpoint(path)["done"]["steps"] == 4
+    train(tame := Slope(), path, Budget(samples=40))
+    assert tame.seen[0][0] == 4 and torch.isfinite(tame.weight).all()
+
+
+def test_a_first_loss_that_is_no_number_is_not_blamed_on_the_rate(tmp_path):
+    with pytest.raises(TrainingDiverged, match="look at what it starts from"):
+        train(Slope(breaks=0), tmp_path / "slope.pt", Budget(samples=40), save_seconds=0)
+    with pytest.raises(TrainingDiverged, match="before anything was saved"):
+        train(Slope(breaks=2), tmp_path / "slope.pt", Budget(samples=40), save_seconds=1000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gradients_that_stay_infinite_are_named(tmp_path):
@@ -102,6 +126,48 @@ def test_a_checkpoint_is_whole_or_the_one_before(tmp_path):
         save_atomically({"a": torch.zeros(3), "cannot be stored": (i for i in "x")}, path)
     assert torch.equal(load_checkpoint(path)["a"], torch.ones(3))
     assert [file.name for file in path.parent.iterdir()] == ["state.pt"]
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    path = tmp_path / "slope.pt"
+    train(Slope(), path, Budget(samples=8))
+    whole = path.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"no checkpoint at all"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"slope\.pt is damaged.*delete it"):
+            train(Slope(), path, Budget(samples=40))
+    for other in ([1], {"config": {}}, {"task": {}, "done": {}}):
+        torch.save(other, path)
+        with pytest.raises(ValueError, match=r"slope\.pt is no .*"):
+            train(Slope(), path, Budget(samples=40))
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+def test_a_disk_that_is_full_and_a_stop_while_saving_leave_the_file_before(
+    tmp_path, monkeypatch, error
+):
+    path = tmp_path / "state.pt"
+    save_atomically({"a": torch.ones(3)}, path)
+
+    class Full(io.BufferedWriter):
+        def write(self, data):
+            raise error
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Full(io.FileIO(path, "w")))
+    with pytest.raises(type(error)) as told:
+        save_atomically({"a": torch.zeros(300_000)}, path)
+    monkeypatch.undo()
+    if isinstance(error, OSError):
+        assert "state.pt cannot be written: No space left" in str(told.value)
+    assert torch.equal(load_checkpoint(path)["a"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("name", ["minutes", "samples"])
+@pytest.mark.parametrize("given", [0, -1, math.nan])
+def test_a_budget_is_more_than_nothing(name, given):
+    with pytest.raises(ValueError, match=f"{name} is {given}: give more than 0"):
+        Budget(**{name: given})
 
 
 @pytest.mark.parametrize("given", [{}, {"minutes": 1.0, "samples": 2}])

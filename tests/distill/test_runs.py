@@ -349,9 +349,17 @@ def test_a_checkpoint_of_other_settings_is_refused(folder):
     ("text", "told"),
     [
         ('{"stage": "magic"}', "expected one of align, teacher, trajectory, match"),
-        ('{"stage": "match", "settings": {"renoize": 1}}', "no setting renoize. It has .*renoise"),
+        (
+            '{"stage": "match", "settings": {"renoize": 1}}',
+            "no setting renoize. There are .*renoise",
+        ),
         ('{"stage": "match"}', "does not say samples"),
+        ('{"stage": "match", "samples": 1}', "does not say teacher"),
         ('{"stage": "match", "samples": 1, "sed": 1}', "a run has no sed"),
+        ('{"stage": "match", "samples": 1, "name": "a"}', "a run has no name"),
+        ('{"stage": "teacher", "samples": "16"}', "samples is '16': expected a whole number"),
+        ('{"stage": ["match"], "samples": 1}', r"stage is \['match'\], expected one of"),
+        ('{"stage": "match", "settings": []}', r"settings are \[\], expected an object"),
         ('{"stage": ', r"a\.json is no JSON object: Expecting value"),
         ("[1]", r"a\.json is no JSON object"),
     ],
@@ -360,6 +368,73 @@ def test_a_wrong_file_is_told_what_it_may_say(tmp_path, text, told):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=told):
         runs.read_run(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "told"),
+    [
+        ("second", "batch=four", "batch is 'four': expected a whole number from 1 on"),
+        ("second", "batch", "--set batch: expected KEY=VALUE"),
+        ("second", "batch=1.5", "batch is 1.5: expected a whole number"),
+        ("second", "batch=true", "batch is True: expected a whole number"),
+        ("second", "samples=0", "samples is 0: expected a whole number from 1 on"),
+        ("second", 'sigmas=[1,"a",0]', "sigmas is .*: expected a list of numbers"),
+        ("second", "branch=0.5", "branch is 0.5: expected a list of 2 numbers"),
+        ("second", "branch=[1]", "expected a list of 2 numbers"),
+        ("second", "proxy_steps=0", "proxy_steps is 0"),
+        ("second", "adam_rate=NaN", "adam_rate is nan: expected a number from 0 to 1"),
+        ("second", "plateau=1", "plateau is 1.* from 0 to 0.999"),
+        ("second", "clip=0", "clip is 0.*: expected a number above 0"),
+        ("second", "seed=-1", "seed is -1"),
+        ("first", "mend=maybe", "mend is 'maybe': expected true or false"),
+        ("first", "states=3", "states is 3: expected a text or null"),
+        ("teacher", "learn=3", "learn is 3: expected a text or a list of texts"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_told(folder, stage, change, told):
+    with pytest.raises(ValueError, match=told):
+        runs.read_run(folder / f"{stage}.json", None, [change])
+
+
+def test_whole_numbers_do_for_floats_and_lists_for_tuples(folder):
+    changes = ["guidance=3", "sigmas=[1,0.5,0]"]
+    run = runs.read_run(folder / "first.json", None, changes)
+    assert run.settings.guidance == 3.0 and run.settings.sigmas == (1.0, 0.5, 0.0)
+
+
+def test_weights_that_are_no_numbers_are_named(folder):
+    run_all(folder)
+    state = load_checkpoint(folder / "second.pt")
+    name = "joint_blocks.0.x_block.attn.qkv.weight"
+    state["task"]["weights"][name][0, 0] = float("nan")
+    torch.save(state, folder / "second.pt")
+    with pytest.raises(ValueError, match=rf"second\.pt: .*{name} holds NaN"):
+        commands.train(options(folder, "third", "match"), Toy())
+    with pytest.raises(ValueError, match=f"{name} holds NaN"):
+        runs.load_model(folder, "second", Toy())
+
+
+def test_nothing_that_was_trained_is_adopted_over(folder):
+    given = options(folder, "teacher", "adopt", shipped="toy")
+    commands.adopt(given, Toy())
+    commands.adopt(given, Toy())  # the same again
+    (folder / "teacher.pt").unlink()
+    commands.train(options(folder, "teacher", "teacher"), Toy())
+    before = (folder / "teacher.pt").read_bytes()
+    with pytest.raises(ValueError, match=r"teacher\.pt was trained here"):
+        commands.adopt(given, Toy())
+    assert (folder / "teacher.pt").read_bytes() == before
+    with pytest.raises(ValueError, match="a match says no sizes"):
+        commands.adopt(options(folder, "second", "adopt", shipped="toy"), Toy())
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 2.0, float("nan")])
+def test_a_ratio_that_is_no_share_is_refused(folder, ratio):
+    run_all(folder)
+    scored = {"captions": 3, "encoders": "both"}
+    with pytest.raises(ValueError, match=r"ratio is .*: expected a share from 0 to 1"):
+        commands.merge(options(folder, "third", "merge", ratio=ratio, **scored), Toy())
+    assert not (folder / "third.pt").exists()
 
 
 def test_names_what_is_missing(folder):

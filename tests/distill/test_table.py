@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from fewstep.distill.table import CATEGORIES, page, rows
 
 
@@ -95,7 +96,16 @@ def test_scores_are_compared_on_the_same_captions(tmp_path):
     assert table.count("| split | 4 |") == 1 and "| 92.0 | 50.0 |" in table
 
 
-def test_an_empty_folder_gives_empty_tables(tmp_path):
+def test_a_folder_without_scores_and_a_broken_log_are_told(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no evaluations\.jsonl: score a run first"):
+        page(tmp_path)
+    (tmp_path / "evaluations.jsonl").write_text('{"name": "a"}\n{"name": ')
+    with pytest.raises(ValueError, match=r"evaluations\.jsonl, line 2, is no JSON object"):
+        page(tmp_path)
+
+
+def test_an_empty_log_gives_empty_tables(tmp_path):
+    (tmp_path / "evaluations.jsonl").touch()
     lines = [line for line in page(tmp_path).splitlines() if line.startswith("|")]
     claimed = [line for line in lines if "|  |  | not measured |" in line]
     assert len(claimed) == 9 and len(lines) == 16 + len(claimed)

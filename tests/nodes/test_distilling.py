@@ -137,21 +137,32 @@ def test_the_hosts_stop_ends_it_and_nothing_is_lost(model, stopped, monkeypatch,
     assert torch.equal(drawn(model, SIGMAS), before)
 
 
-def test_a_loss_that_is_no_number_is_named_and_the_last_good_kept(model, stopped, monkeypatch):
+@pytest.mark.parametrize(
+    ("broken_at", "told", "names"),
+    [
+        (0, "step 0 of 40, the first: see whether the model draws", []),
+        (4, "step 4 of 40. Nothing is kept; lower the learning rate", []),
+        (20, "step 20 of 40. What was learned in 10 steps is kept", ["10"]),  # 20 has not proved
+        (21, "step 21 of 40. What was learned in 20 steps is kept", ["20"]),
+    ],
+)
+def test_a_loss_that_is_no_number_is_named_and_the_last_good_kept(
+    model, stopped, monkeypatch, broken_at, told, names
+):
     whole, calls = few_step_lora.TrajectoryTask._loss, []
 
     def broken(self, *args):
         calls.append(0)
-        return whole(self, *args) * (float("nan") if len(calls) == 4 else 1.0)
+        return whole(self, *args) * (float("nan") if len(calls) == broken_at + 1 else 1.0)
 
     monkeypatch.setattr(few_step_lora.TrajectoryTask, "_loss", broken)
-    with pytest.raises(TrainingDiverged, match="loss is nan at step 3 of 40"):
+    with pytest.raises(TrainingDiverged, match=f"The loss is nan at {told}"):
         distil(model)
-    (name,) = stopped()
-    kept = comfy.utils.load_torch_file(
-        str(Path(folder_paths.get_output_directory()) / "loras" / name)
-    )
-    assert all(value.isfinite().all() for value in kept.values())
+    assert stopped() == [f"fewstep_stopped_{steps}_steps_00001_.safetensors" for steps in names]
+    for name in stopped():
+        path = Path(folder_paths.get_output_directory()) / "loras" / name
+        kept = comfy.utils.load_torch_file(str(path))
+        assert all(value.isfinite().all() for value in kept.values())
 
 
 def test_progress_counts_steps_and_shows_what_the_student_draws(model, monkeypatch):
