@@ -72,9 +72,15 @@ def read_gguf(path: str) -> tuple[dict[str, torch.Tensor], dict]:
     return state_dict, file.metadata
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """torch cannot look into floats of one byte as they are."""
+    is_fp8 = tensor.is_floating_point() and tensor.itemsize == 1
+    return bool((tensor.float() if is_fp8 else tensor).isfinite().all())
+
+
 def check_finite(path: str, name: str, tensor: torch.Tensor) -> None:
     """Raises: GGUFError naming file and tensor if a value is NaN or infinite."""
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise GGUFError(
             f"{path}: tensor {name} holds NaN or infinity. The file is damaged or was badly "
             "converted: download it again or get another quantisation of it."

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+from functools import partial
 
 import comfy.model_management
 import comfy.sd
@@ -89,6 +91,9 @@ def load_text_encoders(
 
     Raises: ValueError (GGUFError) naming the file and the remedy.
     """
+    if clip_type.lower() not in CLIP_TYPES:
+        known = ", ".join(CLIP_TYPES)
+        raise ValueError(f"there is no clip type {clip_type}: expected one of {known}")
     state_dicts, options, operations, cut_t5 = [], {}, None, None
     for path in paths:
         state_dict, metadata = read(path)
@@ -146,14 +151,64 @@ def load_vae(path: str):
     for name, tensor in weights.items():
         check_finite(path, name, tensor)
     dtype = vae_dtype()
-    vae = comfy.sd.VAE(sd=dict(weights), metadata=texts(metadata), dtype=dtype)
+    vae = _host_vae(path, sd=dict(weights), metadata=texts(metadata), dtype=dtype)
     if vae.first_stage_model is None:
         raise wrong_kind(path, state_dict, metadata, "VAE")
     if dtype in vae.working_dtypes:
         channels_last(vae.first_stage_model)
     elif dtype is not None:  # such as of sound; the host knows only of one that it has built
-        vae = comfy.sd.VAE(sd=weights, metadata=texts(metadata))
+        vae = _host_vae(path, sd=weights, metadata=texts(metadata))
     return vae
+
+
+def _host_vae(path: str, **given):
+    """The host's VAE. Raises: ValueError for a file that does not fit it."""
+
+    class Checked(comfy.sd.VAE):
+        """The host only logs what of its network a file lacks."""
+
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "first_stage_model" and value is not None:
+                value.register_load_state_dict_post_hook(partial(_check_whole, path))
+
+    try:
+        return Checked(**given)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, LookupError, AttributeError, TypeError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is no VAE that this ComfyUI can build: get another file "
+            f"({type(error).__name__}: {said[:300]})"
+        ) from error
+
+
+def _check_whole(path: str, network: torch.nn.Module, found) -> None:
+    """Called with what loading a VAE's weights found. A file without an encoder still decodes, but
+    a part must be whole. Buffers have values of their own.
+
+    Raises: ValueError naming the first missing tensor.
+    """
+    lacking = set(found.missing_keys)
+    parameters = [name for name, _ in network.named_parameters()]
+    missing = [name for name in parameters if name in lacking]
+    begun = {_part(name) for name in parameters if name not in lacking}
+    for name in missing:
+        if _part(name) in begun:
+            raise ValueError(f"{path} lacks the tensor {name} of a VAE: download it again")
+    for part in {_part(name) for name in missing if _part(name).endswith("encoder")}:
+        network.get_submodule(part).register_forward_pre_hook(partial(_refuse_to_encode, path))
+
+
+def _part(name: str) -> str:
+    """Of a VAE, to which a tensor belongs: 'decoder', 'vae.encoder'."""
+    found = re.match(r".*coder(?=\.)", name)
+    return found[0] if found else name.split(".")[0]
+
+
+def _refuse_to_encode(path: str, *_):
+    raise ValueError(f"{path} holds no encoder: get a VAE file that has one")
 
 
 def summary(state_dict: dict[str, torch.Tensor]) -> str:

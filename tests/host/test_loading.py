@@ -7,6 +7,7 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
+from comfy.taesd.taesd import TAESD
 from fewstep.host import loading, ops
 from fewstep.host.layout import is_gguf, wrap
 from fewstep.host.ops import gguf_ops
@@ -309,6 +310,32 @@ def test_nan_in_the_scale_of_a_bias_an_embedding_and_a_vae_is_named(tmp_path):
     write_gguf(path, "vae", {}, vae.items())
     with pytest.raises(ValueError, match=r"n\.gguf: tensor decoder\.x\.weight holds NaN"):
         loading.load_vae(path)
+
+
+def test_a_vae_is_whole_or_has_no_encoder(tmp_path):
+    path, whole = str(tmp_path / "v.safetensors"), toys.random_state_dict(TAESD(latent_channels=16))
+    pixels = torch.zeros(1, 8, 8, 3)
+    save_file(whole, path)
+    assert loading.load_vae(path).encode(pixels).shape == (1, 16, 1, 1)
+    save_file({k: v for k, v in whole.items() if k != "taesd_encoder.3.conv.2.bias"}, path)
+    with pytest.raises(ValueError, match=r"v\.safetensors lacks the tensor taesd_encoder\.3\.con"):
+        loading.load_vae(path)
+    save_file({k: v for k, v in whole.items() if k.startswith("taesd_decoder")}, path)
+    vae = loading.load_vae(path)
+    assert vae.decode(torch.zeros(1, 16, 1, 1)).isfinite().all()
+    with pytest.raises(ValueError, match=r"v\.safetensors holds no encoder"):
+        vae.encode(pixels)
+
+
+def test_a_vae_of_one_byte_floats_is_read_and_one_that_does_not_fit_is_named(tmp_path):
+    path, whole = str(tmp_path / "v.safetensors"), toys.random_state_dict(TAESD(latent_channels=16))
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in whole.items()}, path)
+    assert loading.load_vae(path).decode(torch.zeros(1, 16, 1, 1)).isfinite().all()
+    conv = "taesd_decoder.1.weight"
+    for odd in (whole | {conv: torch.zeros(32, 16, 3, 3)}, {conv: torch.zeros(4)}):
+        save_file(odd, path)
+        with pytest.raises(ValueError, match=r"v\.safetensors is no VAE that this ComfyUI can"):
+            loading.load_vae(path)
 
 
 @pytest.mark.parametrize(
