@@ -24,6 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
+from .files import is_finite
+
 ROOT = "diffusion_model"  # where a MODEL keeps its network, and how LoRA files' names begin
 
 
@@ -75,10 +77,16 @@ class LoRASet(nn.Module):
 
     @torch.no_grad()
     def take(self, state: Mapping[str, Tensor]) -> None:
-        """Raises: ValueError naming the first factor that does not fit."""
+        """Raises: ValueError naming the first factor that does not fit or is not finite."""
         for name, layer in zip(self.names, self.layers, strict=True):
             rank = len(layer.down)
-            scale = float(state.get(f"{name}.alpha", rank)) / rank  # 1 of our own
+            alpha = torch.as_tensor(state.get(f"{name}.alpha", float(rank)))
+            if alpha.numel() != 1:
+                raise ValueError(
+                    f"the LoRA to start from has {alpha.numel()} numbers for {name}.alpha, "
+                    "expected one: start from another"
+                )
+            scale = float(alpha) / rank  # 1 of our own
             for part, own in (("lora_up", layer.up), ("lora_down", layer.down)):
                 given = state.get(f"{name}.{part}.weight")
                 if given is None or given.shape != own.shape:
@@ -87,7 +95,12 @@ class LoRASet(nn.Module):
                         f"the LoRA to start from has {has} for {name}.{part}.weight, expected "
                         f"{tuple(own.shape)}: start from one of the same model and rank"
                     )
-                own.copy_(scale * given if part == "lora_up" else given)
+                own.copy_(scale * given.float() if part == "lora_up" else given)
+                if not is_finite(own):
+                    at = f"{name}.{part}.weight or its alpha"
+                    raise ValueError(
+                        f"the LoRA to start from holds NaN or infinity in {at}: start from another"
+                    )
 
 
 class Switch:
@@ -137,12 +150,18 @@ def dense_weight(layer: nn.Module, like: Tensor) -> Iterator[Tensor]:
 class _Beside(WeightAdapterTrainBase):
     """What the host's bypass calls in a layer's place."""
 
-    def __init__(self, switch: Switch, layer: nn.Module, place: int):
+    def __init__(self, switch: Switch, layer: nn.Module, place: int, name: str):
         super().__init__()
-        self.switch, self.place = switch, place
+        self.switch, self.place, self.name = switch, place, name
         object.__setattr__(self, "layer", layer)  # not ours to register
 
     def bypass_forward(self, forward, x: Tensor, *args, **kwargs) -> Tensor:
+        """Raises: ValueError for vectors of another width than the layer's."""
+        if x.shape[-1] != self.layer.weight.shape[1]:
+            raise ValueError(
+                f"{self.name} takes vectors of {self.layer.weight.shape[1]} numbers and is given "
+                f"{x.shape[-1]}: encode the prompts with the text encoders of this model"
+            )
         made = _Frozen.apply(x, self.layer, forward)
         loras, frozen = self.switch.on
         return made if loras is None else made + loras.layers[self.place](x, frozen)
@@ -157,7 +176,7 @@ def switched(model: nn.Module, recompute: bool) -> Iterator[tuple[Switch, dict[s
     switch, layers = Switch(), linear_layers(model)
     manager = BypassInjectionManager()
     for place, (name, layer) in enumerate(layers.items()):
-        manager.add_adapter(f"{name}.weight", _Beside(switch, layer, place))
+        manager.add_adapter(f"{name}.weight", _Beside(switch, layer, place, name))
     injections = manager.create_injections(model)
     lists = block_lists(model) if recompute else []
     recomputed = [block for members in lists for block in members]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from .adapters import LoRASet, block_lists, linear_layers, shard, switched
+from .files import is_finite
 from .sampling import require_flow
 
 log = logging.getLogger(__name__)
@@ -142,13 +143,22 @@ class Adapters:
         return student.state()
 
     def _tell(self, entry: Entry, kind: str) -> dict:
-        """What the network is told of a CONDITIONING's entry: {name: the host's COND}."""
+        """What the network is told of a CONDITIONING's entry: {name: the host's COND}.
+
+        Raises: ValueError for an entry without something that the model wants.
+        """
         noise = torch.zeros(1, *self.shape, device=self.device)
         conds = comfy.sampler_helpers.convert_cond([entry])
-        with torch.no_grad():
-            made = comfy.samplers.encode_model_conds(
-                self.model.extra_conds, conds, noise, self.device, kind, latent_image=noise
-            )[0]["model_conds"]
+        try:
+            with torch.no_grad():
+                made = comfy.samplers.encode_model_conds(
+                    self.model.extra_conds, conds, noise, self.device, kind, latent_image=noise
+                )[0]["model_conds"]
+        except KeyError as error:
+            raise ValueError(
+                f"The {kind} CONDITIONING has no {error.args[0]}, which the model wants: encode it "
+                "with the model's own text encoders."
+            ) from error
         return {name: cond.process_cond(batch_size=1, area=None) for name, cond in made.items()}
 
 
@@ -206,15 +216,23 @@ def training(
 def joined(model, latents: list[dict]) -> Tensor:
     """LATENTs as one batch (m, channels, …); empty ones as the MODEL wants them.
 
-    Raises: ValueError where their sizes differ.
+    Raises: ValueError where their sizes differ, or they are none of the MODEL's.
     """
-    samples = []
+    samples, form = [], model.get_model_object("latent_format")
     for one in latents:
         ratios = (one.get("downscale_ratio_spacial"), one.get("downscale_ratio_temporal"))
         samples.append(comfy.sample.fix_empty_latent_channels(model, one["samples"], *ratios))
     sizes = sorted({"x".join(map(str, one.shape[1:])) for one in samples})
     if len(sizes) > 1:
         raise ValueError(f"The latents are of several sizes, {', '.join(sizes)}: give one a run.")
+    channels, ndim = form.latent_channels, form.latent_dimensions + 2
+    if samples[0].ndim != ndim or samples[0].shape[1] != channels:
+        raise ValueError(
+            f"The latents are of size {sizes[0]}, the model's have {channels} channels in "
+            f"{ndim - 1} dimensions: encode the pictures with the model's own VAE."
+        )
+    if not all(map(is_finite, samples)):
+        raise ValueError("The latents hold NaN or infinity: look at the pictures and their VAE.")
     return torch.cat(samples)
 
 
@@ -247,13 +265,19 @@ def check_memory(needed: int, device: torch.device) -> None:
 
 def _checked(entry: Entry, kind: str) -> Entry:
     """A CONDITIONING's entry that autograd can keep. Raises: ValueError for what only concerns a
-    part of the picture or of the sampling.
+    part of the picture or of the sampling, and for NaN.
     """
     if odd := sorted(UNTAUGHT & set(entry[1])):
         raise ValueError(
             f"The {kind} CONDITIONING carries {', '.join(odd)}, which a few-step LoRA does not "
             "learn: connect the text encoder's output as it is."
         )
+    for value in (entry[0], entry[1].get("pooled_output")):
+        if torch.is_tensor(value) and not is_finite(value):
+            raise ValueError(
+                f"The {kind} CONDITIONING holds NaN or infinity: get another text encoder, or have "
+                "it compute in another type."
+            )
     return _plain(entry)
 
 

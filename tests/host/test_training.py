@@ -168,6 +168,13 @@ def test_the_lora_loads_by_the_stock_node_as_it_was_learned(model):
             assert torch.equal(value, own)
         with pytest.raises(ValueError, match=r"shape \(128, 4\) .*same model and rank"):
             backbone.student(SimpleNamespace(rank=2, seed=0), file)
+        up, alpha = f"{loras.names[1]}.lora_up.weight", f"{loras.names[1]}.alpha"
+        for changed, said in (
+            ({up: file[up] / 0}, rf"NaN or infinity in {up}"),
+            ({alpha: torch.ones(2)}, rf"has 2 numbers for {alpha}, expected one"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                backbone.student(CONFIG, file | changed)
     patched = LoraModelLoader.execute(model, file, 1.0).args[0]
     with open_training(patched) as backbone, torch.no_grad():
         text, _ = backbone.read([0], CONFIG, None)
@@ -218,6 +225,19 @@ def test_what_cannot_be_learned_is_refused():
         open_training(model, positive=odd),
     ):
         pass
+    lost = [[POSITIVE[0][0] / 0, POSITIVE[0][1]]]
+    with (
+        pytest.raises(ValueError, match="positive CONDITIONING holds NaN or infinity"),
+        open_training(model, positive=lost),
+    ):
+        pass
+    bare, narrow = [POSITIVE[0][0], {}], [POSITIVE[0][0][..., :768], POSITIVE[0][1]]
+    with open_training(model, positive=[bare, narrow]) as backbone:
+        with pytest.raises(ValueError, match="positive CONDITIONING has no pooled_output"):
+            backbone.read([0], CONFIG, None)
+        text, _ = backbone.read([1], CONFIG, None)
+        with pytest.raises(ValueError, match=r"context_embedder takes .* 4096 .* given 768"):
+            backbone.velocity(None, noise(1), torch.ones(1), text)
     with pytest.raises(ValueError, match="rank is 0"), open_training(model) as backbone:
         backbone.student(SimpleNamespace(rank=0, seed=0), None)
     with (

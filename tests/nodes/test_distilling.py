@@ -186,6 +186,11 @@ def test_what_it_is_told_wrongly_is_answered(model):
         distil(model, latents=[empty(), {"samples": torch.zeros(1, 16, 16, SIDE)}])
     with pytest.raises(ValueError, match="3 latents and 2 prompts"):
         distil(model, latents=[{"samples": torch.randn(3, 16, SIDE, SIDE)}])
+    for shape in ((1, 4, SIDE, SIDE), (1, 16, 2, SIDE, SIDE)):
+        with pytest.raises(ValueError, match="the model's have 16 channels in 3 dimensions"):
+            distil(model, latents=[{"samples": torch.randn(shape)}])
+    with pytest.raises(ValueError, match="latents hold NaN or infinity"):
+        distil(model, latents=[{"samples": torch.full((1, 16, SIDE, SIDE), float("nan"))}])
     assert distil(model, steps=1, latents=[empty(channels=4)])[2] == 1
 
 
