@@ -65,11 +65,11 @@ def read_picture(path: Path, size: tuple[int, int] | None, multiple: int) -> Ten
     """(height, width, 3) in [0, 1], both sides a multiple of `multiple`.
 
     size: width and height to fill, the rest is cut off; None: the picture's own.
-    Raises: ValueError for a file that is no picture, or one too small.
+    Raises: ValueError for a file that is no picture, or one too small or too large.
     """
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow's, for what is no picture, or cut off
+        picture = _rgb(path, ImageOps.exif_transpose(Image.open(path)))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's
         raise ValueError(
             f"{path} is no picture that can be read: replace or remove it ({error})"
         ) from error
@@ -84,6 +84,16 @@ def read_picture(path: Path, size: tuple[int, int] | None, multiple: int) -> Ten
     return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255)
 
 
+def _rgb(path: Path, picture: Image.Image) -> Image.Image:
+    """Pillow cuts 16 bits of grey off at 255."""
+    if picture.mode == "F":
+        raise ValueError(f"{path} is in floats, of unknown white: save it in 8 or 16 bits")
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture).astype(np.float32) / 257
+        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))
@@ -92,12 +102,14 @@ def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
 def encode_pictures(vae, paths: Sequence[Path], size: tuple[int, int] | None) -> Tensor:
     """Latents (m, channels, h, w) of pictures, by a VAE of the host, as its nodes pass them.
 
-    Raises: ValueError naming two pictures of different sizes.
+    Raises: ValueError naming two pictures of different sizes, or one whose latent is not finite.
     """
     multiple = PATCH * vae.spacial_compression_encode()
     latents = []
     for path in paths:
         latents.append(vae.encode(read_picture(path, size, multiple)[None]))
+        if not latents[-1].isfinite().all():
+            raise ValueError(f"the VAE makes NaN or infinity of {path}: get another VAE")
         if latents[-1].shape != latents[0].shape:
             raise ValueError(
                 f"{paths[0]} and {path} are of different sizes: pass --size WIDTH HEIGHT, to which "

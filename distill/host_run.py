@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..host.files import is_safetensors, read
 from ..host.learned import save_lora, sketch, sketched
 from ..host.loading import load_diffusion_model, load_text_encoders, load_vae
 from ..host.training import joined, training
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # uniform, shift 3, rounded
 METHODS = {"trajectory": "trajectory", "match": "matching"}
+SMALLEST = 16  # pixels a side: a patch of latents
 GUIDANCE = 3.0  # of the teacher, where --set says nothing else
 
 
@@ -55,6 +56,7 @@ def run(options: Namespace) -> Path | None:
 
 
 def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | None:
+    start = None if options.start is None else read_lora(str(options.start))
     with together.first():
         latents, positive, negative = dataset(options, options.folder / f"{name}-data.pt")
     model = load_diffusion_model(str(options.model))
@@ -64,7 +66,6 @@ def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | Non
     with training(*given, **plan.training(together)) as backbone:
         if latents.any():
             latents = backbone.model.process_latent_in(latents)
-        start = None if options.start is None else load_file(options.start)
         states = options.folder / f"{name}-states"
         told = [positive, negative]
         origin = {"model": Path(options.model).name, "prompts": fingerprint(told), "shape": shape}
@@ -82,6 +83,7 @@ def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | Non
         sheet = (lambda: sketch(backbone.model, task.draw())) if drawn else None
         watch = Watch(options.folder, name, lambda: task.metrics, sheet, options.sheet_minutes)
         made = {**asdict(plan), "model": Path(options.model).name, "start": str(options.start)}
+        made["data"] = fingerprint([told, latents])
         budget = Budget(samples=plan.steps * plan.batch)
         checkpoint, writes = options.folder / f"{name}.pt", together.number == 0
         done = train(task, checkpoint, budget, 180.0, made, watch, writes)
@@ -90,6 +92,13 @@ def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | Non
             save_lora(task.weights(), path)
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB after {done.steps} steps")
         return path
+
+
+def read_lora(path: str) -> dict[str, Tensor]:
+    """Raises: ValueError naming a file that is not, or no whole, safetensors."""
+    if not is_safetensors(path):
+        raise ValueError(f"{path}: the LoRA to start from is no .safetensors file")
+    return read(path)[0]
 
 
 def fingerprint(value: Any) -> str:
@@ -129,16 +138,36 @@ def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:
         raise ValueError("what is to be learned? Pass --images FOLDER or --prompts FILE, just one")
     pictures = data.captioned(options.images) if options.images else []
     texts = [words for _, words in pictures] or data.prompts(options.prompts)
+    if options.size and min(options.size) < SMALLEST:
+        given = " ".join(map(str, options.size))
+        raise ValueError(f"--size is {given}: each side needs {SMALLEST} pixels or more")
     files = [f"{path.name} {path.stat().st_mtime_ns}" for path, _ in pictures]
     size = list(options.size) if options.size else []
-    made = {"texts": [*texts, options.negative], "files": files, "size": size}
+    made = {
+        "texts": [*texts, options.negative],
+        "files": files,
+        "size": size,
+        "text_encoder": sorted(name_and_size(file) for file in options.text_encoder or ()),
+        "clip_type": options.clip_type,
+        "vae": name_and_size(options.vae) if pictures and options.vae else "",
+    }
     if kept.exists():
         state = load_checkpoint(kept)
-        check_config(kept, state["made"], made)
+        # what is encoded needs no encoders
+        check_config(
+            kept, state["made"], made, [key for key in ("text_encoder", "vae") if not made[key]]
+        )
     else:
         state = {"made": made} | _encoded(options, pictures, texts)
         save_atomically(state, kept)
     return state["latents"], state["positive"], state["negative"]
+
+
+def name_and_size(file: Path) -> str:
+    """By which another file is told. Raises: ValueError where there is none."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    return f"{file.name} {file.stat().st_size}"
 
 
 def _encoded(options: Namespace, pictures: list, texts: list[str]) -> dict:

@@ -127,7 +127,14 @@ class TrajectoryTask(StudentTask):
         kept = load_checkpoint(path) if self.processes.all(path.exists()) else None
         if kept is None:
             kept = {"states": self._walk_of_teacher(sample).half().cpu(), "made": made}
+            if not kept["states"].isfinite().all():
+                raise ValueError(
+                    f"the teacher's trajectory {number} is not finite, and not kept: see whether "
+                    "the model draws as it should, with this guidance and in this type"
+                )
             save_atomically(kept, path)
+        elif not kept["states"].isfinite().all():
+            raise ValueError(f"{path} holds states that are not finite: delete it")
         passed, needed = kept["made"]["sigmas"], made["sigmas"]
         if set(needed) <= set(passed):
             made["sigmas"] = passed

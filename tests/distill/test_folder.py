@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from fewstep.distill import folder
@@ -54,6 +55,30 @@ def test_a_picture_cut_off_is_named(tmp_path, name):
         (tmp_path / name).write_bytes(whole[:length])
         with pytest.raises(ValueError, match=rf"{name} is no picture that can be read: replace"):
             folder.read_picture(tmp_path / name, None, 16)
+
+
+def test_grey_of_16_bits_keeps_its_shades_and_floats_are_refused(tmp_path):
+    shades = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    pixels = folder.read_picture(tmp_path / "a.png", None, 16)
+    assert torch.equal(pixels[..., 1], torch.arange(256).view(16, 16) / 255)
+    Image.fromarray(shades.astype(np.float32)).save(tmp_path / "f.png", format="TIFF")
+    with pytest.raises(ValueError, match=r"f\.png is in floats, .*save it in 8 or 16 bits"):
+        folder.read_picture(tmp_path / "f.png", None, 16)
+
+
+def test_a_picture_too_large_for_memory_is_named(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 32 // 2 - 1)
+    with pytest.raises(ValueError, match=r"a\.png is no picture that can be read.*exceeds limit"):
+        folder.read_picture(tmp_path / "a.png", None, 16)
+
+
+def test_a_picture_that_the_vae_makes_nan_of_is_named(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    monkeypatch.setattr(EightfoldVAE, "encode", lambda vae, pixels: pixels.log() - pixels.log())
+    with pytest.raises(ValueError, match=r"the VAE makes NaN or infinity of .*a\.png"):
+        folder.encode_pictures(EightfoldVAE(), [tmp_path / "a.png"], None)
 
 
 def test_words_in_another_encoding_are_named(tmp_path):

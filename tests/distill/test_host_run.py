@@ -3,6 +3,7 @@
 import json
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def test_a_dry_run_tells_what_a_run_would_take_and_keeps_nothing(tmp_path, capsy
 
 def test_trajectories_of_other_prompts_are_refused(tmp_path):
     host_run.run(options(tmp_path))
-    (tmp_path / "run-data.pt").unlink()  # as its own refusal says
+    for name in ("run-data.pt", "run.pt"):  # as their own refusals say
+        (tmp_path / name).unlink()
     with pytest.raises(ValueError, match=r"run-states/00000\.pt .*prompts"):
         host_run.run(options(tmp_path, settings=["steps=4", "guidance=2"], negative="blurred"))
 
@@ -99,6 +101,11 @@ def test_pictures_with_captions_and_a_lora_to_go_on_from(tmp_path):
         ({"settings": ["dtype=fp8"]}, "dtype is 'fp8': expected one of model, bf16, fp32"),
         ({"settings": ["rank=0"]}, "rank is 0: a MODEL of ComfyUI learns a LoRA"),
         ({"settings": ["sigmas=[0.9, 0]"]}, "starts at 1"),
+        ({"size": (0, 32)}, "--size is 0 32: each side needs 16 pixels or more"),
+        ({"size": (32, -8)}, "--size is 32 -8"),
+        ({"clip_type": "foo"}, "no clip type foo: expected one of sd3, .*flux"),
+        ({"text_encoder": [Path("gone.gguf")]}, r"there is no file gone\.gguf"),
+        ({"start": Path("lora.gguf")}, r"lora\.gguf: the LoRA to start from is no \.safetensors"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(tmp_path, changes, said):
@@ -113,6 +120,56 @@ def test_other_prompts_under_the_same_name_are_refused(tmp_path):
         ValueError, match=r"run-data\.pt was made with another configuration: texts"
     ):
         host_run.run(given)
+
+
+def test_other_encoders_or_another_vae_under_the_same_name_are_refused(tmp_path):
+    given = options(tmp_path, images=pictures(tmp_path), prompts=None)
+    kept = tmp_path / "run-data.pt"
+    host_run.dataset(given, kept)
+    other = tmp_path / given.vae.name
+    other.write_bytes(given.vae.read_bytes() + b" ")
+    for changes, key in (
+        ({"text_encoder": [other]}, "text_encoder"),
+        ({"clip_type": "flux"}, "clip_type"),
+        ({"vae": other}, "vae"),
+    ):
+        with pytest.raises(ValueError, match=rf"run-data\.pt was made .*: {key} "):
+            host_run.dataset(Namespace(**(vars(given) | changes)), kept)
+    host_run.dataset(Namespace(**(vars(given) | {"text_encoder": None, "vae": None})), kept)
+
+
+def test_other_data_under_a_runs_name_are_refused(tmp_path):
+    given = {"images": pictures(tmp_path), "prompts": None}
+    host_run.run(options(tmp_path, "match", ["steps=2", "guidance=1"], **given))
+    (tmp_path / "run-data.pt").unlink()
+    picture(tmp_path / "pictures" / "a.png", size=(35, 32), color=(0, 0, 255))
+    with pytest.raises(ValueError, match=r"run\.pt was made with another configuration: data"):
+        host_run.run(options(tmp_path, "match", ["steps=4", "guidance=1"], **given))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", (1 << 20).to_bytes(8, "little") + b'{"a":'])
+def test_a_start_that_is_no_safetensors_is_named(tmp_path, content):
+    (tmp_path / "lora.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"lora\.safetensors is no whole safetensors file"):
+        host_run.run(options(tmp_path, start=tmp_path / "lora.safetensors"))
+
+
+def test_a_trajectory_that_is_not_finite_is_not_written_and_named_on_disk(tmp_path, monkeypatch):
+    walk = few_step_lora.TrajectoryTask._walk_of_teacher
+    monkeypatch.setattr(
+        few_step_lora.TrajectoryTask, "_walk_of_teacher", lambda *given: 1e6 * walk(*given)
+    )
+    with pytest.raises(ValueError, match="the teacher's trajectory 0 is not finite, and not kept"):
+        host_run.run(options(tmp_path))
+    path = tmp_path / "run-states" / "00000.pt"
+    assert not path.exists()
+    monkeypatch.undo()
+    host_run.run(options(tmp_path))
+    kept = load_checkpoint(path)
+    kept["states"][1, 0, 0, 0, 0] = float("nan")
+    torch.save(kept, path)
+    with pytest.raises(ValueError, match=r"00000\.pt holds states that are not finite: delete it"):
+        host_run.run(options(tmp_path, settings=["steps=4", "guidance=2"]))
 
 
 @pytest.mark.parametrize("method", few_step_lora.METHODS)
