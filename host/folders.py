@@ -27,6 +27,11 @@ def model_key(key: str) -> str:
     return own
 
 
+def offer_loras() -> None:
+    """Have the host's own LoRA loaders list those that ship, after the users'."""
+    folder_paths.add_model_folder_path("loras", os.path.join(SHIPPED, "loras"))
+
+
 def model_names(key: str) -> list[str]:
     """Files of a kind (a key of `KEYS`) that our loaders read, GGUF first, for an input's list."""
     names = folder_paths.get_filename_list(model_key(key))

@@ -12,6 +12,8 @@ import tempfile
 import uuid
 from pathlib import Path
 
+import numpy as np
+
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
@@ -117,6 +119,19 @@ How it learned, and how well: `docs/distilled.md`.
 """
 
 
+STYLES_NOTE = """\
+## Two looks
+Press **Run**: model and LoRAs come with FewStep. `fewstep-outline` draws lines instead of filled \
+shapes, `fewstep-ink` in black on white. They fit this small model only.
+
+The stock LoRA loader works on a quantised model: the weights stay in 6 bits, the LoRAs are \
+computed beside them. A new strength counts from the next picture on. The ink waits at 0: try 1 \
+for it and 0 for the outline, or some of both.
+
+They were trained on what the model draws, by `python -m distill style`.
+"""
+
+
 def node(name, type, inputs=(), size=(270, 0), title=None, **widgets):
     """One node. `inputs`: {input: "node.OUTPUT"}; `size`: at least so many pixels."""
     return {
@@ -176,12 +191,14 @@ def save(prefix):
     )
 
 
-LORA = node(
-    "lora",
-    "LoraLoaderModelOnly",
-    {"model": "model.MODEL"},
-    lora_name="lora_sd3.5m_turbo_8steps.safetensors",
-)
+def lora(name, model, file, strength=1.0):
+    widgets = {"lora_name": file, "strength_model": strength}
+    return node(name, "LoraLoaderModelOnly", {"model": model}, **widgets)
+
+
+LORA = lora("lora", "model.MODEL", "lora_sd3.5m_turbo_8steps.safetensors")
+OUTLINE = lora("outline", "model.MODEL", "fewstep-outline.safetensors")
+INK = lora("ink", "outline.MODEL", "fewstep-ink.safetensors", 0.0)
 PARTS = [
     node("noise", "RandomNoise", noise_seed=1),
     node("guider", "BasicGuider", {"model": "model.MODEL", "conditioning": "text.CONDITIONING"}),
@@ -246,6 +263,14 @@ WORKFLOWS = {
         [group("3. Draw", SEED), group("In 50 steps", LESSON), group("In 4 steps", PUPIL)],
         [group("Side by side", COMPARE)],
     ],
+    "style_loras": [
+        [note(STYLES_NOTE, 330)],
+        [load(*DEMO)],
+        [group("The stock LoRA loader, twice", OUTLINE, INK), describe(DEMO_PROMPT, 128)],
+        [draw("ink.MODEL")],
+        [group(None, decode("draw.LATENT"))],
+        [save("FewStep-styles")],
+    ],
     "sd35_few_step": [
         [note(SD35_NOTE, 480)],
         [load("sd3.5_large_turbo-Q4_0.gguf", SD35_ENCODERS, SD35_VAE)],
@@ -307,10 +332,22 @@ def make_graphs(host, profile):
 
 
 def make_thumbnails(host):
-    def drawn(name, prompts):
+    def drawn(name, prompts, **strengths):
         workflow = run.read_workflow(FOLDER / "api" / f"{name}.json")
+        for node in workflow.values():
+            for look, strength in strengths.items():
+                if look in node["inputs"].get("lora_name", ""):
+                    node["inputs"]["strength_model"] = strength
         filled = [run.fill_in(workflow, prompt) for prompt in prompts]
         return [host.draw(graph, on_step=run.print_step)[0] for graph in filled]
+
+    looks = [{"outline": a, "ink": b} for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))]
+    styled = [
+        png
+        for prompt in thumbnails.STYLED
+        for look in looks
+        for png in drawn("style_loras", [prompt], **look)
+    ]
 
     pictures = {
         "demo": thumbnails.demo(drawn("demo", thumbnails.DEMO_PROMPTS)),
@@ -318,6 +355,11 @@ def make_thumbnails(host):
             "50 steps, 4 steps",
             "a teacher, and the student that ships",
             drawn("teacher_and_student", thumbnails.DEMO_PROMPTS[2:]),
+        ),
+        "style_loras": thumbnails.card(
+            "Style LoRAs",
+            "plain, outline, ink: on a model in 6 bits",
+            [np.asarray(picture) / 255 for picture in thumbnails.opened(styled)],
         ),
         "quantize": thumbnails.bits(
             "Quantize", "a MODEL and its LoRAs into a GGUF", thumbnails.DEMO_PROMPTS[2]

@@ -23,6 +23,7 @@ DEMO_PROMPTS = [
 ]
 
 
+STYLED = ["a red star on a blue background", "a green square on a yellow background"]
 README_PROMPTS = [
     *DEMO_PROMPTS[:2],
     "a cyan ring on a gray background",

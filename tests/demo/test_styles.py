@@ -1,10 +1,11 @@
 """Looks: the same scene, drawn another way."""
 
 import numpy as np
+import torch
 from fewstep.demo.captions import parse_caption
 from fewstep.demo.scenes import place, render
 from fewstep.demo.score import score
-from fewstep.demo.styles import LINE, outline, pastel
+from fewstep.demo.styles import LINE, ink, outline
 
 CAPTIONS = [
     parse_caption("a red square on a blue background"),
@@ -23,8 +24,10 @@ def test_an_outline_is_a_line_around_what_was_filled():
     assert 0.1 < (drawn[0, 0] > 0.5).sum() / (plain[0, 0] > 0.5).sum() < 0.5
 
 
-def test_pastels_are_half_way_to_white():
-    plain, pale = render(CAPTIONS, PLACES), pastel(CAPTIONS, PLACES)
-    assert np.allclose(pale, 0.5 + plain / 2)
-    bytes_of = (pale[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    assert not score(bytes_of, CAPTIONS[0]).colour
+def test_ink_is_black_on_white_in_the_same_places():
+    plain, drawn = render(CAPTIONS, PLACES), ink(CAPTIONS, PLACES)
+    bytes_of = (drawn[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    assert score(bytes_of, parse_caption("a black square on a white background")).right
+    (x, y, _) = PLACES[0][0]
+    covered = (plain != plain[:, :, :1, :1]).any(1)
+    assert torch.equal(covered, (drawn < 1).any(1)) and drawn[0, :, int(y), int(x)].max() < 0.2

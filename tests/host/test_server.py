@@ -13,7 +13,13 @@ from safetensors.torch import save_file
 
 WORKFLOWS = run.ROOT / "workflows" / "api"
 MODEL = run.ROOT / "demo" / "models" / "diffusion_models" / "fewstep-demo.gguf"
-STEPS = {"demo": None, "sd35_few_step": 4, "lora_on_gguf": 8, "schedule_by_hand": 8}
+STEPS = {
+    "demo": None,
+    "sd35_few_step": 4,
+    "lora_on_gguf": 8,
+    "schedule_by_hand": 8,
+    "style_loras": 4,
+}
 WRITES = ("quantize",)  # they draw too, but report more than a sampler's steps
 COMPARES = "teacher_and_student"  # draws twice
 KNOWN = {*STEPS, *WRITES, COMPARES}
@@ -107,6 +113,23 @@ def test_the_stock_lora_changes_the_picture(server, lora):
     loader["inputs"]["strength_model"] = 0.0
     without, _ = drawn(server, graph)
     assert np.abs(with_lora.astype(int) - without).mean() > 1
+
+
+def test_shipped_loras_draw_lines_and_black_on_white(server):
+    """Each alone, and one by half: told by how much is drawn on the background, and how gaudy."""
+    graph = run.fill_in(small("style_loras"), "a red circle on a blue background", seed=4)
+    covered, gaudy = {}, {}
+    for strengths in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.0, 0.5)):
+        for look, strength in zip(("outline", "ink"), strengths, strict=True):
+            (node,) = (n for n in graph.values() if look in n["inputs"].get("lora_name", ""))
+            node["inputs"]["strength_model"] = strength
+        picture = drawn(server, graph)[0] / 255
+        ground = np.median(picture, (0, 1))
+        covered[strengths] = (np.abs(picture - ground).max(2) > 0.5).mean()
+        gaudy[strengths] = np.ptp(picture, 2).mean()
+    assert 0.1 * covered[0.0, 0.0] < covered[1.0, 0.0] < 0.6 * covered[0.0, 0.0]
+    assert gaudy[0.0, 1.0] < 0.1 < 0.5 < gaudy[0.0, 0.0] < gaudy[1.0, 0.0] + 0.2
+    assert gaudy[0.0, 1.0] + 0.05 < gaudy[0.0, 0.5] < gaudy[0.0, 0.0] - 0.05
 
 
 @pytest.mark.parametrize(
