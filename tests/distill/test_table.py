@@ -58,7 +58,13 @@ def test_seeds_of_both_ways_of_renoising_are_averaged(tmp_path):
     text = page(tmp_path)
     assert "| shared | mean | 4800 | 92.0 ± 2.0 |" in text
     assert "| random | mean | 4800 | 82.0 ± 2.0 |" in text and "| shared | 0 | 9600 |" not in text
-    assert "random re-noising, overall, mean of seeds | 92.0 % | 82.0 % | yes |" in text
+    claim = "re-noising by two standard errors, mean of seeds"
+    error = (2 * 0.02**2 / 3) ** 0.5
+    assert f"{claim} | 92.0 % | {82 + 200 * error:.1f} % | yes |" in text
+    for line in lines[3:]:
+        line["overall"] += 0.09  # above still, but by less than seeds differ
+    log(tmp_path / "evaluations.jsonl", lines)
+    assert f"{claim} | 92.0 % | {91 + 200 * error:.1f} % | no |" in page(tmp_path)
 
 
 def test_says_of_each_claim_whether_it_holds(tmp_path):
@@ -108,4 +114,4 @@ def test_an_empty_log_gives_empty_tables(tmp_path):
     (tmp_path / "evaluations.jsonl").touch()
     lines = [line for line in page(tmp_path).splitlines() if line.startswith("|")]
     claimed = [line for line in lines if "|  |  | not measured |" in line]
-    assert len(claimed) == 9 and len(lines) == 16 + len(claimed)
+    assert len(claimed) == 10 and len(lines) == 16 + len(claimed)
