@@ -72,8 +72,8 @@ def parse_arguments() -> argparse.Namespace:
     merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
     adopt = commands.add_parser("adopt", help="a model that ships, as a run to start from or score")
     adopt.add_argument("name", help="of the run to write")
-    shipped = "fewstep-teacher"
-    adopt.add_argument("--shipped", default=shipped, help=f"or fewstep-demo; default {shipped}")
+    shipped = ("fewstep-teacher", "fewstep-demo")
+    adopt.add_argument("--shipped", default=shipped[0], choices=shipped, help="default the teacher")
     adopt.add_argument("--config", default="teacher", help="of its sizes; default teacher")
     adopt.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
     evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")

@@ -207,6 +207,7 @@ def train(
                 written, saved = save(), done.seconds
     finally:
         keep()
+    log.info("%s: %d samples in %d steps, in %s", task.name, done.samples, done.steps, path)
     return done
 
 

@@ -44,6 +44,7 @@ SETTINGS = {
     "match": MatchConfig,
     "style": StyleConfig,
 }
+OF_A_RUN = ("samples", "teacher", "start")  # beside its stage's settings
 TEACHERS = ("align", "teacher")
 TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 2.0  # with which a teacher is drawn
 
@@ -132,15 +133,15 @@ def read_run(config: str | Path, name: str | None = None, changes: Sequence[str]
             f"{path}: settings are {settings!r}, expected an object of names and values"
         )
     for key, value in changed(changes).items():
-        place = given if key in ("samples", "teacher", "start") else settings
+        place = given if key in OF_A_RUN else settings
         place[key] = value
     stage = given.get("stage")
     if not isinstance(stage, str) or stage not in SETTINGS:
         raise ValueError(f"{path}: stage is {stage!r}, expected one of {', '.join(SETTINGS)}")
-    settings = check_settings(SETTINGS[stage], settings, f"{path}: ")
+    settings = check_settings(SETTINGS[stage], settings, f"{path}: ", OF_A_RUN)
     if "samples" not in given:
         raise ValueError(f"{path} does not say samples: how many to train on")
-    if odd := set(given) - {"stage", "samples", "teacher", "start"}:
+    if odd := set(given) - {"stage", *OF_A_RUN}:
         raise ValueError(f"{path}: a run has no {sorted(odd)[0]}; settings stand under settings")
     if stage not in TEACHERS and given.get("teacher") is None:
         raise ValueError(f"{path} does not say teacher: the run that a {stage} learns from")

@@ -2,6 +2,7 @@
 
 import math
 import types
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
@@ -24,9 +25,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
 }
 
 
-def check_settings(kind: type, given: dict[str, Any], where: str = "") -> dict[str, Any]:
+def check_settings(
+    kind: type, given: dict[str, Any], where: str = "", others: Sequence[str] = ()
+) -> dict[str, Any]:
     """`given` as fields of the dataclass `kind`, lists as tuples, whole numbers as floats where
-    those are meant.
+    those are meant. `others` are names that may stand beside them.
 
     Raises: ValueError naming the setting, and what is expected of it.
     """
@@ -35,7 +38,8 @@ def check_settings(kind: type, given: dict[str, Any], where: str = "") -> dict[s
     checked = {}
     for name, value in given.items():
         if name not in known:
-            raise ValueError(f"{where}there is no setting {name}. There are {', '.join(known)}")
+            there = ", ".join(sorted({*known, *others}))
+            raise ValueError(f"{where}there is no setting {name}. There are {there}")
         fitting = _fitting(value, hints[name])
         if fitting is None or not _within(name, fitting[0]):
             raise ValueError(f"{where}{name} is {value!r}: expected {_expected(name, hints[name])}")
