@@ -79,13 +79,28 @@ def main() -> None:
             measure_first(options, sides, paths, qtype, result)
             measure(options, sides, paths, qtype, result)
     result["setting"]["load"] = [*result["setting"]["load"], os.getloadavg()[0]]
-    text = table.report(result)
+    stem = keep(options, f"speed-{result['setting']['device']}", result, table.report(result))
+    stem.with_suffix(".svg").write_text(chart.bars(result))
+
+
+def keep(options: argparse.Namespace, name: str, result: dict, text: str) -> Path:
+    """Print a report, and write it and what it tells of; their path without the ending."""
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"speed-{result['setting']['device']}"
+    stem = options.out / name
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     stem.with_suffix(".md").write_text(text + "\n")
-    stem.with_suffix(".svg").write_text(chart.bars(result))
+    return stem
+
+
+def add_measuring(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Options of every benchmark whose sides take turns."""
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    clock_help = "cpu: processor time of all threads, for a busy machine (with --threads 1)"
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=clock_help)
+    parser.add_argument("--files", help="a folder where the model files stay for the next run")
+    parser.add_argument("--out", type=Path, default=RESULTS)
 
 
 def words(text: str) -> list[str]:
@@ -99,16 +114,11 @@ def arguments() -> argparse.Namespace:
     runtime_help = "measure the loader's `runtime` too: int8, fp8, mxfp8 or nvfp4"
     parser.add_argument("--runtime", help=runtime_help)
     parser.add_argument("--pixels", type=words, default=["256", "512"], help="sides of the picture")
-    parser.add_argument("--repeats", type=int, default=5)
     first_help = "how often each side starts anew for a first picture, cold and warm; 0: never"
     parser.add_argument("--first", type=int, default=3, help=first_help)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    clock_help = "cpu: processor time of all threads, for a busy machine (with --threads 1)"
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=clock_help)
     parser.add_argument("--no-loras", action="store_true", help="do not measure LoRAs")
     parser.add_argument("--leave-out", type=words, default=[], help="sides not to measure")
-    parser.add_argument("--files", help="a folder where the model files stay for the next run")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_measuring(parser, repeats=5)
     return parser.parse_args()
 
 

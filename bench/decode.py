@@ -7,14 +7,10 @@ own, as in `python -m bench`. The results go to bench/results/decode-<device>.js
 """
 
 import argparse
-import json
 import tempfile
-from pathlib import Path
-
-import torch
 
 from . import table
-from .__main__ import RESULTS, Side, say, setting, words
+from .__main__ import Side, add_measuring, keep, say, setting, words
 
 WAYS = {"decode": "latent to picture", "encode_picture": "picture to latent"}
 
@@ -56,23 +52,14 @@ def main() -> None:
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=about)
     parser.add_argument("--pixels", type=words, default=["256", "512"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--files", help="a folder where the file stays for the next run")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_measuring(parser, repeats=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         maker = Side("fewstep", options.threads)
         path = maker(do="vae_file", folder=options.files or temporary)["path"]
         maker.close()
         result = {"setting": setting(options), "rows": measure(options, path)}
-    text = report(result)
-    print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"decode-{result['setting']['device']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text + "\n")
+    keep(options, f"decode-{result['setting']['device']}", result, report(result))
 
 
 if __name__ == "__main__":

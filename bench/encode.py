@@ -8,16 +8,14 @@ GGUFReader. The results go to bench/results/encode.md and .json.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
-import torch
 from gguf import GGUFReader
 
 from . import table
-from .__main__ import RESULTS, Side, setting
+from .__main__ import Side, add_measuring, keep, setting
 
 WORDS = "tokenizer.ggml.tokens"
 
@@ -89,11 +87,7 @@ def main() -> None:
     parser.add_argument("--peer-gguf", type=Path, help="a clone of city96/ComfyUI-GGUF")
     parser.add_argument("--type", default="Q4_K", help="of the T5's matrices: Q4_K or Q6_K")
     parser.add_argument("--tokens", type=int, default=77)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--files", help="a folder where the model file stays for the next run")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_measuring(parser, repeats=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         maker = Side("fewstep", options.threads)
@@ -104,11 +98,7 @@ def main() -> None:
         result = {"setting": setting(options), "type": options.type, "tokens": options.tokens}
         result["header"] = header_times(path, options.repeats)
         result["encode"] = encode_times(options, path)
-    text = report(result)
-    print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "encode.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.out / "encode.md").write_text(text + "\n")
+    keep(options, "encode", result, report(result))
 
 
 if __name__ == "__main__":

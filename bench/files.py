@@ -103,28 +103,25 @@ def dense_files(folder: Path) -> dict[str, Path]:
     """
     clips = {"CLIP-L": (768, 12, 12, 3072, "quick_gelu"), "CLIP-G": (1280, 32, 20, 5120, "gelu")}
     makers = {name: partial(clip_shapes, *sizes) for name, sizes in clips.items()}
-    paths = {"VAE": vae_file(folder)}
-    for name, make in ({"F16": shapes} | makers).items():
-        paths[name] = folder / f"medium-{name}.safetensors"
-        if not paths[name].exists():
-            save_file({key: _normal(shape) for key, shape in make().items()}, paths[name])
-    return paths
+    makers |= {"F16": shapes, "VAE": vae_shapes}
+    return {name: _safetensors(folder, name, make) for name, make in makers.items()}
 
 
 def bfloat16_file(folder: Path) -> Path:
     """The diffusion model in bfloat16, as SD3.5-Medium is published; made if it is not there."""
-    path = folder / "medium-BF16.safetensors"
-    if not path.exists():
-        tensors = {key: _normal(shape, torch.bfloat16) for key, shape in shapes().items()}
-        save_file(tensors, path)
-    return path
+    return _safetensors(folder, "BF16", shapes, torch.bfloat16)
 
 
 def vae_file(folder: Path) -> Path:
     """SD3's VAE; made if it is not there."""
-    path = folder / "medium-VAE.safetensors"
+    return _safetensors(folder, "VAE", vae_shapes)
+
+
+def _safetensors(folder: Path, name: str, make, dtype: torch.dtype = torch.float16) -> Path:
+    """A file of random weights, in the shapes that `make()` gives by name."""
+    path = folder / f"medium-{name}.safetensors"
     if not path.exists():
-        save_file({key: _normal(shape) for key, shape in vae_shapes().items()}, path)
+        save_file({key: _normal(shape, dtype) for key, shape in make().items()}, path)
     return path
 
 

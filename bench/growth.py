@@ -7,14 +7,11 @@ bench/results/growth-<device>.json and .md, and two pictures beside them.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
-import torch
-
 from . import chart, table
-from .__main__ import RESULTS, Side, make_files, say, setting, words
+from .__main__ import Side, add_measuring, keep, make_files, say, setting, words
 
 TEXT = 77  # tokens
 
@@ -84,12 +81,8 @@ def main() -> None:
     parser.add_argument("--type", default="Q6_K")
     parser.add_argument("--pixels", type=words, default=["256", "384", "512", "768"])
     parser.add_argument("--batches", type=words, default=["1", "2", "4"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--leave-out", type=words, default=[], help="sides not to measure")
-    parser.add_argument("--files", help="a folder where the model files stay for the next run")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    add_measuring(parser, repeats=3)
     options = parser.parse_args()
     sides = {"fewstep": (), "host": ()}
     if options.peer_gguf:
@@ -99,12 +92,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         paths = make_files(options, options.files or temporary, [options.type])
         result["rows"] = measure(options, sides, paths)
-    text = report(result)
-    print(text)
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"growth-{result['setting']['device']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text + "\n")
+    stem = keep(options, f"growth-{result['setting']['device']}", result, report(result))
     draw(result, stem)
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..flow import Preset, check_sigmas, uniform
+from ..host.files import is_finite
 from ..host.training import check_memory
 from .align import AlignTask
 from .backbone import Copies
@@ -193,7 +194,7 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
             state = checkpoint(folder, run.start)
             if state["config"]["stage"] not in TEACHERS:
                 raise ValueError(f"{run.start} is a student: a teacher starts from a teacher's run")
-            task.start_from(finite(state["task"]["ema"], folder / f"{run.start}.pt"))
+            task.start_from(state["task"]["ema"])
         return task
     taught = checkpoint(folder, run.teacher)
     teacher = model_of(folder, taught, dataset)
@@ -383,11 +384,11 @@ def model_of(folder: Path, state: dict, dataset: Dataset) -> FlowModel:
     config = state["config"]
     if config["stage"] not in TEACHERS:
         model = load_model(folder, config["teacher"], dataset)
-        model.mmdit.load_state_dict(finite(state["task"]["weights"], config["stage"]))
+        model.mmdit.load_state_dict(state["task"]["weights"])
         return model
     sizes = {field.name: config[field.name] for field in fields(ModelConfig)}
     model = FlowModel(ModelConfig(**sizes), dataset.vocabulary)
-    model.load_state_dict(finite(state["task"]["ema"], config["stage"]))
+    model.load_state_dict(state["task"]["ema"])
     return model.eval().requires_grad_(False)
 
 
@@ -396,19 +397,17 @@ def weights_of(folder: Path, name: str) -> dict[str, Tensor]:
     state = checkpoint(folder, name)
     if "weights" not in state["task"]:
         raise ValueError(f"{folder / name}.pt is no student's: start from one, or from nothing")
-    return finite(state["task"]["weights"], folder / f"{name}.pt")
-
-
-def finite(weights: dict[str, Tensor], what: object) -> dict[str, Tensor]:
-    """`weights`. Raises: ValueError naming the first that are not all finite."""
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{what}: {name} holds NaN or infinity: train or adopt the run again")
-    return weights
+    return state["task"]["weights"]
 
 
 def checkpoint(folder: Path, name: str) -> dict:
+    """A run's. Raises: FileNotFoundError; ValueError naming averaged weights with NaN in them."""
     path = folder / f"{name}.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: train the run {name} first")
-    return load_checkpoint(path)
+    state = load_checkpoint(path)
+    for kept in ("weights", "ema"):
+        for weight, tensor in state["task"].get(kept, {}).items():
+            if not is_finite(tensor):
+                raise ValueError(f"{path}: {weight} holds NaN or infinity: train or adopt it again")
+    return state

@@ -341,7 +341,7 @@ def make_thumbnails(host):
         filled = [run.fill_in(workflow, prompt) for prompt in prompts]
         return [host.draw(graph, on_step=run.print_step)[0] for graph in filled]
 
-    looks = [{"outline": a, "ink": b} for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0))]
+    looks = [{"outline": a, "ink": b} for a, b in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0))]
     styled = [
         png
         for prompt in thumbnails.STYLED
