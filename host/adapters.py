@@ -124,7 +124,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: nn.Module, forward) -> Tensor:
         ctx.layer = layer
-        return forward(x)
+        return forward(x.detach())
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -5,7 +5,7 @@ BF16) multiplies bfloat16 matrices about four times as fast, and sums them in fl
 weight that is quantised, or stored in bfloat16, meets activations rounded to bfloat16, and the
 result returns to the activations' type, in which all the rest of the model is computed. Weights
 stored more finely (float16, float32) are multiplied as the host would, and so are small ones, where
-it would bring little: small models draw just as their dequantised weights do.
+it would bring little: small models draw as their dequantised weights do.
 
 A VAE computes in bfloat16 throughout, as ComfyUI has it do on a GPU, and its convolutions find the
 channels side by side (torch's `channels_last`), as oneDNN wants them.
@@ -72,21 +72,26 @@ def channels_last(module: torch.nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
 
 
-def may_round(module: torch.nn.Module, input: torch.Tensor) -> bool:
+def may_choose(module: torch.nn.Module, input: torch.Tensor) -> bool:
     """Whether how to multiply `module` (of our operations) with `input` is ours to choose."""
     return (
-        input.device.type == "cpu"
+        input.is_cpu
         and input.dtype == torch.float32
         and not module.gguf_exact
-        and module.in_features * module.out_features > LARGE_WEIGHT
         and (module.gguf_text or not module.comfy_force_cast_weights)
     )
+
+
+def may_round(module: torch.nn.Module, input: torch.Tensor) -> bool:
+    """Whether that product may also be of bfloat16."""
+    large = module.in_features * module.out_features > LARGE_WEIGHT
+    return large and may_choose(module, input) and multiplies_bfloat16()
 
 
 def product_dtype(module: torch.nn.Module, input: torch.Tensor) -> torch.dtype:
     """The type in which `module` multiplies its weight with `input`."""
     coarse = is_gguf(module.weight) or module.weight.dtype == torch.bfloat16
-    if may_round(module, input) and coarse and multiplies_bfloat16():
+    if coarse and may_round(module, input):
         return torch.bfloat16
     return input.dtype
 
@@ -100,7 +105,7 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     of the host but the side branch.
     """
     weight, bias = module.weight, module.bias
-    if not may_round(module, input) or not is_gguf(weight):
+    if not is_gguf(weight) or not may_choose(module, input):
         return None
     blocks, qtype = weight._qdata, weight.params.qtype
     flat = input.reshape(-1, input.shape[-1])
@@ -108,13 +113,12 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     if output is not None:
         output = output if bias is None else output + bias
         output = output if branch is None else branch.add(output, flat)
-    elif multiplies_bfloat16():
+    elif may_round(module, input):
         factors = None if branch is None else branch.factors(tuple(weight.shape))
         if branch is not None and factors is None:
             return None
         if module.gguf_residency.keeps(module):
-            packed = weight.to(dtype=torch.bfloat16)
-            dense = module.gguf_residency.dense(module, packed, transient=True)
+            dense = module.gguf_residency.dense(module, weight, torch.bfloat16, transient=True)
             blocks, qtype = dense.view(torch.uint8), GGMLQuantizationType.BF16
         output = multiply_many(blocks, qtype, flat, bias, factors)
     return None if output is None else output.reshape(*input.shape[:-1], -1)

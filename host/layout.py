@@ -90,8 +90,11 @@ def is_gguf(tensor) -> bool:
     return isinstance(tensor, QuantizedTensor) and tensor._layout_cls == LAYOUT
 
 
-def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of this layout in float32; any other as it is."""
-    if not is_gguf(tensor):
-        return tensor
-    return dequantize(tensor._qdata, tensor.params.qtype, tuple(tensor.shape))
+def dense(tensor: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A quantised tensor unpacked to `dtype`; any other as it is.
+
+    The host's `.to(dtype)` would copy the packed bytes as well.
+    """
+    if is_gguf(tensor):
+        return dequantize(tensor._qdata, tensor.params.qtype, tuple(tensor.shape), dtype)
+    return tensor.to(dtype=dtype).dequantize() if isinstance(tensor, QuantizedTensor) else tensor

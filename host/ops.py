@@ -20,7 +20,7 @@ from .compiled import OneOperation
 from .cpu import multiply_packed, product_dtype
 from .gpu import multiply_on_gpu
 from .hooks import TakesHooks, is_loaders
-from .layout import is_gguf
+from .layout import dense, is_gguf
 from .lora import TakesLoRA
 from .residency import Residency
 from .runtime import NotFiniteError, Runtime
@@ -159,14 +159,14 @@ class _TakeOver(TakesHooks):
                 offloadable=True,
             )
         finally:
-            self.weight_function = functions
+            if ours:
+                self.weight_function = functions
         patched = ours and not beside
         if isinstance(weight, QuantizedTensor):
-            weight = weight.to(dtype=dtype)
             if patched:
-                weight = weight.dequantize()
+                weight = dense(weight, dtype)
             else:
-                weight = self.gguf_residency.dense(self, weight, transient)
+                weight = self.gguf_residency.dense(self, weight, dtype, transient)
         if patched:
             weight = waiting(weight.clone() if weight is self.weight else weight)
         return weight, bias, stream
@@ -258,10 +258,12 @@ def gguf_ops(
 
             def by_kernel(self, input, branch):
                 """The output from the packed weight; None where a CPU's or GPU's kernel is not the
-                faster way.
+                faster way, or a gradient is asked for: those have none.
                 """
-                output = multiply_packed(self, input, branch)
-                return multiply_on_gpu(self, input, branch) if output is None else output
+                if input.requires_grad:
+                    return None
+                multiply = multiply_packed if input.is_cpu else multiply_on_gpu
+                return multiply(self, input, branch)
 
             def multiply(self, input, waiting, branch):
                 x = input.to(product_dtype(self, input))

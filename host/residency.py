@@ -17,7 +17,7 @@ from comfy.patcher_extension import CallbacksMP
 from comfy.quant_ops import QuantizedTensor
 
 from ..quant import dequantize
-from .layout import is_gguf
+from .layout import dense, is_gguf
 
 GB = 10**9
 CHOICES = ["low", "auto", "2 GB", "4 GB", "8 GB", "16 GB", "32 GB"]
@@ -39,41 +39,45 @@ class Residency:
         return sum(weight.nbytes for weight in self.kept.values())
 
     def dense(
-        self, module: torch.nn.Module, weight: QuantizedTensor, transient: bool = False
+        self,
+        module: torch.nn.Module,
+        weight: QuantizedTensor,
+        dtype: torch.dtype,
+        transient: bool = False,
     ) -> torch.Tensor:
-        """The module's weight, unpacked to its type; to be read only, as it may be kept. What is
+        """The module's weight, unpacked to `dtype`; to be read only, as it may be kept. What is
         `transient` lasts until this thread asks for the next one.
         """
-        unpack = self.unpack if transient else QuantizedTensor.dequantize
+        unpack = self.unpack if transient else dense
         if not self.budget:
-            return unpack(weight)
+            return unpack(weight, dtype)
         kept, (uses, _) = self.kept.get(module), self.uses.get(module, (0, 0))
-        size = weight.numel() * weight.dtype.itemsize
+        size = weight.numel() * dtype.itemsize
         self.uses[module] = uses + 1, size
-        if kept is not None and (kept.dtype, kept.device) == (weight.dtype, weight.device):
+        if kept is not None and (kept.dtype, kept.device) == (dtype, weight.device):
             return kept
         self.release(module)
         if module in self.refused or self.size + size > self.budget:
-            return unpack(weight)
-        self.kept[module] = weight.dequantize()
+            return unpack(weight, dtype)
+        self.kept[module] = dense(weight, dtype)
         return self.kept[module]
 
     def keeps(self, module: torch.nn.Module) -> bool:
         """Whether the module's weight stays unpacked, or may once it is."""
         return self.budget > 0 and module not in self.refused
 
-    def unpack(self, weight: QuantizedTensor) -> torch.Tensor:
+    def unpack(self, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
         """On a CPU into memory that serves one weight after the other: where each takes memory of
         its own, the system fills that with zeros first, which takes longer than unpacking.
         """
         if not (is_gguf(weight) and weight.device.type == "cpu") or torch.compiler.is_compiling():
-            return weight.dequantize()
-        thread, size = get_ident(), weight.numel() * weight.dtype.itemsize
+            return dense(weight, dtype)
+        thread, size = get_ident(), weight.numel() * dtype.itemsize
         if thread not in self.scratch or self.scratch[thread].numel() < size:
             self.scratch.pop(thread, None)
             with torch.inference_mode(False):  # so that it can be written to in any mode
                 self.scratch[thread] = torch.empty(size, dtype=torch.uint8)
-        out = self.scratch[thread][:size].view(weight.dtype).view(weight.shape)
+        out = self.scratch[thread][:size].view(dtype).view(weight.shape)
         return dequantize(weight._qdata, weight.params.qtype, weight.shape, out=out)
 
     def release(self, module: torch.nn.Module) -> None:

@@ -52,7 +52,7 @@ def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
     unpack, data = kernel(qtype), blocks.contiguous().view(-1).numpy()
     vectors = x.contiguous().numpy()
     out = np.empty((rows, len(x)), np.float32)
-    step = max(1, _TILE // columns)
+    step = min(max(1, _TILE // columns), rows)
 
     def work(first: int, end: int) -> None:
         tile = np.empty((step, columns), np.float32)

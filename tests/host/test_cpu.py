@@ -60,6 +60,16 @@ def test_products_error_is_that_of_bfloat16(bfloat16, qtype, tokens):
     assert relative_error(y, truth) < (1e-6 if few else ERROR)
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_products_have_a_gradient(tokens):
+    """By the kernels there is none; small weights, and few tokens, have kernels as well."""
+    linear, weight, _ = layer(T.Q6_K)
+    x = torch.randn(1, tokens, 512, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    linear(x).sum().backward()
+    assert relative_error(x.grad[0], weight.sum(0).expand(tokens, -1)) < 1e-5
+    assert relative_error(linear(x.detach()), linear(x)) < 1e-6
+
+
 def test_exact_products_are_float32s(bfloat16):
     x = torch.randn(2, 7, 512)
     linear, weight, bias = layer(T.Q6_K, exact=True)
@@ -124,7 +134,8 @@ def test_a_sampled_latent_is_close_to_the_dequantised_models(bfloat16, tmp_path,
 def test_a_small_model_draws_as_its_dequantised_weights(tmp_path):
     dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(depth=4), T.Q6_K)
     model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
-    assert torch.equal(sample(model), sample(comfy.sd.load_diffusion_model_state_dict(dense)))
+    truth = sample(comfy.sd.load_diffusion_model_state_dict(dense))
+    assert relative_error(sample(model), truth) < 1e-5  # sums of few tokens run in another order
 
 
 def test_a_large_weight_is_multiplied_in_bfloat16(monkeypatch):
