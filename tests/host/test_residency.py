@@ -201,7 +201,8 @@ def watch(*arguments) -> dict[str, int]:
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**16)},
+        env={name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        | {"MALLOC_MMAP_THRESHOLD_": str(2**16)},
     )
     assert done.returncode == 0, done.stderr
     return {what: int(size) for what, size in map(str.split, done.stdout.splitlines())}
