@@ -29,7 +29,7 @@ SHOWN = 20  # pictures of a sheet
 
 
 class Miniature:
-    """See `distill.runs.Dataset`. The VAE is the shipped one, below `models`."""
+    """See `distill.dataset.Dataset`. The VAE is the shipped one, below `models`."""
 
     def __init__(self, models: Path = MODELS):
         self.code = recipe.latent_code()

@@ -10,12 +10,13 @@ from time import perf_counter
 from PIL import Image
 
 from ..host.learned import save_whole
-from . import runs
+from . import kept, runs
+from .dataset import Dataset
 from .loop import Task, save_atomically
 from .lora import as_file
 from .merge import RATIOS
 from .noise import noise_scale
-from .runs import Dataset, Run
+from .runs import Run
 from .table import EVALUATIONS, NOISE, TIMES, page
 
 
@@ -107,12 +108,12 @@ def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
     """Score runs, and add a line to evaluations.jsonl for each."""
     for name in options.name:
         note = {"recipe": options.recipe} if options.recipe else {}
-        state = runs.checkpoint(options.folder, name)
+        state = kept.checkpoint(options.folder, name)
         _evaluate(name, state, options, dataset, options.steps, options.cfg, note)
         if options.sheet:
-            config = runs.checkpoint(options.folder, name)["config"]
-            sigmas, cfg = runs.schedule(config, options.steps)
-            model = runs.load_model(options.folder, name, dataset)
+            config = kept.checkpoint(options.folder, name)["config"]
+            sigmas, cfg = kept.schedule(config, options.steps)
+            model = kept.load_model(options.folder, name, dataset)
             path = options.folder / "sheets" / f"{name}-{len(sigmas) - 1}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(dataset.sheet(model, sigmas, options.cfg or cfg)).save(path)
@@ -122,9 +123,9 @@ def _evaluate(
     name, state, options, dataset, steps=None, cfg=None, note=None, choosing=False
 ) -> dict[str, float]:
     config = state["config"]
-    sigmas, own = runs.schedule(config, steps)
+    sigmas, own = kept.schedule(config, steps)
     cfg = own if cfg is None else cfg
-    model = runs.model_of(options.folder, state, dataset)
+    model = kept.model_of(options.folder, state, dataset)
     told = {key: config[key] for key in ("stage", "renoise", "seed") if key in config}
     note = told | {"trained": state.get("done", {}).get("samples")} | (note or {})
     if "recipe" in note:
@@ -145,7 +146,7 @@ def _evaluate(
 
 def export(options: Namespace, dataset: Dataset) -> None:
     """Write a run's GGUF files, whose metadata say how it is sampled; of a LoRA, its own file."""
-    state = runs.checkpoint(options.folder, options.name)
+    state = kept.checkpoint(options.folder, options.name)
     if rank := state["config"].get("rank"):
         path = options.models / "loras" / f"fewstep-{options.name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,10 +161,10 @@ def export(options: Namespace, dataset: Dataset) -> None:
 def _export(
     name: str, models: Path, options: Namespace, dataset: Dataset, file: str | None = None
 ) -> list[Path]:
-    state = runs.checkpoint(options.folder, name)
-    config, model = state["config"], runs.model_of(options.folder, state, dataset)
-    chords = runs.chords_of(options.folder, config)
-    preset = runs.preset_of(file or f"fewstep-{name}", config, chords)
+    state = kept.checkpoint(options.folder, name)
+    config, model = state["config"], kept.model_of(options.folder, state, dataset)
+    chords = kept.chords_of(options.folder, config)
+    preset = kept.preset_of(file or f"fewstep-{name}", config, chords)
     return dataset.export(model, preset, models, options.recipe, file)
 
 
@@ -177,7 +178,7 @@ def time(options: Namespace, dataset: Dataset) -> None:
     for name, seconds in zip(options.name, drawn, strict=True):
         row = {
             "name": name,
-            "steps": len(runs.schedule(runs.checkpoint(options.folder, name)["config"])[0]) - 1,
+            "steps": len(kept.schedule(kept.checkpoint(options.folder, name)["config"])[0]) - 1,
             "seconds": round(statistics.median(seconds), 4),
             "fastest": round(min(seconds), 4),
             "slowest": round(max(seconds), 4),
@@ -191,7 +192,7 @@ def noise(options: Namespace, dataset: Dataset) -> None:
     for name in options.name:
         run = runs.kept_run(options.folder, name)
         task = runs.build(run, options.folder, dataset, options.device)
-        task.load_state_dict(runs.checkpoint(options.folder, run.name)["task"])
+        task.load_state_dict(kept.checkpoint(options.folder, run.name)["task"])
         for step in run.settings.steps():
             row = {
                 "name": run.name,

@@ -5,8 +5,7 @@
 
 Its name is the file's, unless given, and what it makes lies in one folder: NAME.pt, the checkpoint;
 NAME.jsonl, the losses; sheets/NAME/, pictures. `settings` are fields of the stage's configuration;
-what is left out has the default that is explained there. A checkpoint holds its whole
-configuration, so that it can be drawn with by its name alone.
+what is left out has the default that is explained there.
 """
 
 import json
@@ -14,23 +13,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..flow import Preset, check_sigmas, uniform
-from ..host.files import is_finite
 from ..host.training import check_memory
 from .align import AlignTask
 from .backbone import Copies
+from .dataset import Dataset
+from .kept import TEACHERS, checkpoint, model_of, schedule, weights_of
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
 from .memory import memory_needed
 from .merge import merge
 from .model import FlowModel, ModelConfig
-from .reflow import Mend
 from .settings import check_settings
 from .style import StyleConfig, StyleTask
 from .teacher import TeacherConfig, TeacherTask
@@ -46,56 +44,6 @@ SETTINGS = {
     "style": StyleConfig,
 }
 OF_A_RUN = ("samples", "teacher", "start")  # beside its stage's settings
-TEACHERS = ("align", "teacher")
-TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 2.0  # with which a teacher is drawn
-
-
-class Dataset(Protocol):
-    """What there is to learn, and how well it was learned."""
-
-    vocabulary: Sequence[int]  # CLIP ids of every word
-    widths: Sequence[int]  # CLIP ids for each piece of T5's vocabulary; 1 for special ones
-
-    def batch(self, size: int, encoders: int, index: int) -> tuple[Tensor, Tensor]:
-        """Batch number `index`: latents (size, 16, h, w) and prompts (size, encoders, 77)."""
-
-    def mended(self, latents: Tensor, index: int) -> Tensor:
-        """Latents of the right pictures nearest to `latents` (size, 16, h, w), made of the prompts
-        of batch `index`."""
-
-    def styled(self, style: str, size: int, encoders: int, index: int) -> tuple[Tensor, Mend]:
-        """Prompts of batch `index`, and what gives latents of theirs a look. Raises: ValueError."""
-
-    def sheet(self, model: FlowModel, sigmas: Tensor, cfg: float) -> np.ndarray:
-        """Pictures of a few prompts, always the same, side by side: (h, w, 3) uint8."""
-
-    def shipped(self, name: str, config: ModelConfig) -> tuple[FlowModel, Preset]:
-        """The flow model of that name among the GGUF files that ship, and how it is sampled.
-        Raises: FileNotFoundError."""
-
-    def evaluate(
-        self,
-        model: FlowModel,
-        sigmas: Tensor,
-        cfg: float,
-        captions: int,
-        encoders: str,
-        choosing: bool = False,
-    ) -> dict[str, float]:
-        """Scores by name, "overall" among them; on other captions and noise where something is
-        chosen by them."""
-
-    def quantised(self, model: FlowModel, recipe: str) -> FlowModel:
-        """The model as a file of one of quant's recipes holds it."""
-
-    def export(
-        self, model: FlowModel, preset: Preset, folder: Path, recipe: str, file: str | None
-    ) -> list[Path]:
-        """Write the model's GGUF files below `folder`; their paths. `file` is the model's own
-        name, None for that of the model that ships."""
-
-    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[float]]:
-        """Seconds a picture by each folder's files, loaded and drawn by ComfyUI, in turns."""
 
 
 @dataclass(frozen=True)
@@ -326,88 +274,3 @@ def adopt_run(folder: Path, run: Run, shipped: str, dataset: Dataset) -> Path:
         task = {"ema": model.state_dict()}
     save_atomically({"task": task, "config": config, "done": {}}, path)
     return path
-
-
-def schedule(config: dict[str, Any], steps: int | None = None) -> tuple[Tensor, float]:
-    """Sigmas and CFG with which a run's model is drawn: a student's own, or a teacher's.
-
-    A student that is asked for other `steps` gets uniform ones of the same shift as a teacher's.
-    """
-    if config["stage"] in TEACHERS:
-        return uniform(steps or TEACHER_STEPS, SHIFT), GUIDANCE
-    own = check_sigmas(config["sigmas"])
-    return (own if steps in (None, len(own) - 1) else uniform(steps, SHIFT)), 1.0
-
-
-def preset_of(name: str, config: dict[str, Any], chords: Sequence[float] = ()) -> Preset:
-    """How a run's model is sampled, for its file's `fewstep.*` metadata; `chords` as `chords_of`
-    gives them.
-    """
-    sigmas, cfg = schedule(config)
-    own = tuple(sigmas.tolist())
-    return Preset(
-        name=name,
-        label=name.replace("-", " ").replace("fewstep", "FewStep"),
-        steps=len(sigmas) - 1,
-        rows=(*_fewer(own, chords), own),
-        formula="uniform",  # for other numbers of steps
-        shift=SHIFT,
-        cfg=cfg,
-        sure="H",
-        source="this repository: python -m distill",
-    )
-
-
-def chords_of(folder: Path, config: dict[str, Any]) -> tuple[float, ...]:
-    """The levels between which a student's way was made straight in stage 1; none if it was not."""
-    while config.get("start") and config["stage"] not in (*TEACHERS, "trajectory"):
-        config = checkpoint(folder, config["start"])["config"]
-    return config.get("chords", ())
-
-
-def _fewer(levels: Sequence[float], chords: Sequence[float]) -> list[tuple[float, ...]]:
-    """Uniform schedules of fewer steps, two at least, that the same student has learned: out of its
-    levels, none of their steps around a corner between two chords.
-    """
-    corners = set(check_sigmas(chords).tolist()) if chords else set(levels)
-    rows = (tuple(uniform(steps, SHIFT).tolist()) for steps in range(2, len(levels) - 1))
-    return [row for row in rows if corners <= set(row) <= set(levels)]
-
-
-def load_model(folder: Path, name: str, dataset: Dataset) -> FlowModel:
-    """The averaged weights of a run, for drawing. Raises: FileNotFoundError for one not trained."""
-    return model_of(folder, checkpoint(folder, name), dataset)
-
-
-def model_of(folder: Path, state: dict, dataset: Dataset) -> FlowModel:
-    """The averaged weights of a run's checkpoint; of a student the rest is its teacher's."""
-    config = state["config"]
-    if config["stage"] not in TEACHERS:
-        model = load_model(folder, config["teacher"], dataset)
-        model.mmdit.load_state_dict(state["task"]["weights"])
-        return model
-    sizes = {field.name: config[field.name] for field in fields(ModelConfig)}
-    model = FlowModel(ModelConfig(**sizes), dataset.vocabulary)
-    model.load_state_dict(state["task"]["ema"])
-    return model.eval().requires_grad_(False)
-
-
-def weights_of(folder: Path, name: str) -> dict[str, Tensor]:
-    """The averaged weights of a student's MMDiT."""
-    state = checkpoint(folder, name)
-    if "weights" not in state["task"]:
-        raise ValueError(f"{folder / name}.pt is no student's: start from one, or from nothing")
-    return state["task"]["weights"]
-
-
-def checkpoint(folder: Path, name: str) -> dict:
-    """A run's. Raises: FileNotFoundError; ValueError naming averaged weights with NaN in them."""
-    path = folder / f"{name}.pt"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: train the run {name} first")
-    state = load_checkpoint(path)
-    for kept in ("weights", "ema"):
-        for weight, tensor in state["task"].get(kept, {}).items():
-            if not is_finite(tensor):
-                raise ValueError(f"{path}: {weight} holds NaN or infinity: train or adopt it again")
-    return state

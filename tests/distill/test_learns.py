@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from fewstep.demo.miniature import Miniature
-from fewstep.distill import runs
+from fewstep.distill import kept, runs
 from fewstep.flow import sample_euler, uniform
 
 pytestmark = pytest.mark.slow
@@ -52,14 +52,14 @@ def test_the_student_goes_where_many_steps_of_its_teacher_lead(trained):
         return x - sigma[:, None, None, None] * task._guided(x, sigma, sample)
 
     def drawn(name):
-        network = runs.load_model(folder, name, dataset).mmdit
+        network = kept.load_model(folder, name, dataset).mmdit
 
         def denoise(x, sigma):
             return x - sigma[:, None, None, None] * task._velocity(network, x, sigma, sample.told)
 
         return sample_euler(denoise, noise, task.sigmas)
 
-    aim = sample_euler(guided, noise, uniform(STEPS, runs.SHIFT))
+    aim = sample_euler(guided, noise, uniform(STEPS, kept.SHIFT))
     without = (sample_euler(guided, noise, task.sigmas) - aim).square().mean()
     assert (drawn("trajectory") - aim).square().mean() < 0.8 * without
     assert (drawn("match") - aim).square().mean() < without  # it is free to go elsewhere
@@ -69,8 +69,8 @@ def test_pictures_come_nearer_to_true_ones(trained):
     folder, dataset, _ = trained
 
     def distance(name, steps, cfg):
-        sigmas, _ = runs.schedule(runs.checkpoint(folder, name)["config"], steps)
-        model = runs.load_model(folder, name, dataset)
+        sigmas, _ = kept.schedule(kept.checkpoint(folder, name)["config"], steps)
+        model = kept.load_model(folder, name, dataset)
         return dataset.evaluate(model, sigmas, cfg, 60, "no t5")["frechet"]
 
-    assert distance("match", 4, 1.0) < distance("teacher", 4, runs.GUIDANCE)
+    assert distance("match", 4, 1.0) < distance("teacher", 4, kept.GUIDANCE)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fewstep.distill import commands, runs
+from fewstep.distill import commands, kept, runs
 from fewstep.distill.loop import load_checkpoint
 from fewstep.distill.model import FlowModel
 from fewstep.flow import find_preset, preset_from_metadata, preset_to_metadata, uniform
@@ -100,7 +100,7 @@ def test_a_model_that_ships_is_started_from(folder):
     given = options(folder, "teacher", "adopt", shipped="toy")
     given.name = "ready"
     commands.adopt(given, Toy())
-    adopted = runs.load_model(folder, "ready", Toy())
+    adopted = kept.load_model(folder, "ready", Toy())
     shipped, _ = Toy().shipped("toy", adopted.config)
     assert torch.equal(adopted.t5.shared.weight, shipped.t5.shared.weight)
     given = options(folder, "first", "trajectory")
@@ -116,11 +116,11 @@ def test_a_student_that_ships_is_drawn_and_gone_on_from_as_one(folder, capsys):
         commands.adopt(given, Toy())
     commands.train(options(folder, "teacher", "teacher"), Toy())
     commands.adopt(given, Toy())
-    drawn, teacher = (runs.load_model(folder, name, Toy()) for name in ("ready", "teacher"))
+    drawn, teacher = (kept.load_model(folder, name, Toy()) for name in ("ready", "teacher"))
     shipped, preset = Toy().shipped("student", teacher.config)
     assert torch.equal(drawn.mmdit.pos_embed, shipped.mmdit.pos_embed)
     assert torch.equal(drawn.t5.shared.weight, teacher.t5.shared.weight)
-    sigmas, cfg = runs.schedule(runs.checkpoint(folder, "ready")["config"])
+    sigmas, cfg = kept.schedule(kept.checkpoint(folder, "ready")["config"])
     assert torch.equal(sigmas, preset.sigmas()) and cfg == 1
     write(folder, "dark", "style", STUDENT | {"style": "dark", "rank": 2}, teacher="ready")
     commands.train(options(folder, "dark", "style"), Toy())
@@ -150,8 +150,8 @@ def test_every_stage_runs_and_goes_on(folder, capsys):
     best = float(re.search(r"ratio ([\d.]+) of the high branch", capsys.readouterr().out)[1])
     (chosen,) = (row["overall"] for row in rows if row["ratio"] == best)
     assert chosen == max(row["overall"] for row in rows)
-    low, high = (runs.weights_of(folder, f"third-{part}") for part in ("low", "high"))
-    merged = runs.load_model(folder, "third", Toy()).mmdit.state_dict()
+    low, high = (kept.weights_of(folder, f"third-{part}") for part in ("low", "high"))
+    merged = kept.load_model(folder, "third", Toy()).mmdit.state_dict()
     for name, value in merged.items():
         assert torch.allclose(value, torch.lerp(low[name], high[name], best)), name
     assert any(not torch.equal(low[name], high[name]) for name in low)
@@ -201,9 +201,9 @@ def test_runs_are_timed_from_their_files(folder):
 
 
 def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():
-    sigmas, cfg = runs.schedule({"stage": "teacher"})
+    sigmas, cfg = kept.schedule({"stage": "teacher"})
     assert len(sigmas) == 51 and cfg == 2.0
-    assert torch.equal(runs.schedule({"stage": "teacher"}, 4)[0], uniform(4, 3.0))
+    assert torch.equal(kept.schedule({"stage": "teacher"}, 4)[0], uniform(4, 3.0))
 
 
 def test_a_runs_files_say_how_it_is_sampled(folder, capsys):
@@ -411,7 +411,7 @@ def test_weights_that_are_no_numbers_are_named(folder):
     with pytest.raises(ValueError, match=rf"second\.pt: .*{name} holds NaN"):
         commands.train(options(folder, "third", "match"), Toy())
     with pytest.raises(ValueError, match=f"{name} holds NaN"):
-        runs.load_model(folder, "second", Toy())
+        kept.load_model(folder, "second", Toy())
 
 
 def test_nothing_that_was_trained_is_adopted_over(folder):
