@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from ..distill.dropout import emptied
-from ..distill.model import ABSENT, CLIP, T5, FlowModel
+from ..distill.model import ABSENT, CLIP, LEFT_OUT, T5, FlowModel
 from ..flow import sample_euler
 from ..host import modules
 from .captions import Caption, draw_captions
 from .prompts import tokenize
 from .score import Verdict, score
 
-ENCODERS = ("both", "no t5", "zero t5", "zero clip")  # T5's tokens left out, or zeros for some
+# Some encoder's tokens left out, or zeros in their place.
+ENCODERS = ("both", "no t5", "zero t5", "no clip", "zero clip")
 LATENT = (16, 16, 16)  # channels, height, width behind 128×128 pixels
 
 
@@ -22,9 +23,11 @@ def told_by(prompts: Sequence[str], encoders: str = "no t5") -> Tensor:
     """Prompts (n, encoders, 77) that some encoders read: see ENCODERS. Raises: ValueError."""
     if encoders not in ENCODERS:
         raise ValueError(f"encoders is {encoders!r}, expected one of {', '.join(ENCODERS)}")
+    missing = {"zero t5": (T5, ABSENT), "zero clip": (CLIP, ABSENT), "no clip": (CLIP, LEFT_OUT)}
     tokens = tokenize(prompts, 1 if encoders == "no t5" else 2)
-    if encoders.startswith("zero"):
-        tokens[:, {"zero t5": T5, "zero clip": CLIP}[encoders]] = ABSENT
+    if encoders in missing:
+        row, value = missing[encoders]
+        tokens[:, row] = value
     return tokens
 
 

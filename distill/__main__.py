@@ -1,7 +1,7 @@
 """Distil a few-step model, a stage at a time.
 
-    python -m distill adopt | align | teacher | trajectory | match | split | merge
-    python -m distill style | eval | time | noise | table | export
+    python -m distill adopt | align | teacher | either | trajectory | match | split
+    python -m distill merge | style | eval | time | noise | table | export
     python -m distill trajectory | match --model FILE --text-encoder FILE … --prompts FILE
 
 The last makes a few-step LoRA of any flow model that ComfyUI loads (see `distill/host_run.py`); the
@@ -37,8 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in {
-        "align": "a new T5 learns what CLIP-L says, before it learns more from flow matching",
+        "align": "a new T5 learns to say what CLIP-L says (at the end once more: --config align-2)",
         "teacher": "flow matching, with encoder dropout (first --config tuned, then flow)",
+        "either": "that T5 learns to be enough without CLIP-L",
         "trajectory": "stage 1: regress onto the teacher's integrals between the student's steps",
         "match": "stage 2: distribution matching, timesteps shared or random, adversarial heads",
         "split": "stage 3: train the branches of low and of high noise, each on its own",
@@ -87,7 +88,11 @@ def parse_arguments() -> argparse.Namespace:
     export = commands.add_parser("export", help="a run's GGUF files, with fewstep.* metadata")
     export.add_argument("name", help="of the run")
     export.add_argument("--models", required=True, type=Path, help="folder to write below")
-    export.add_argument("--file", help="name of the model's file; default as the one that ships")
+    export.add_argument(
+        "--file",
+        type=lambda name: name.removesuffix(".gguf"),
+        help="name of the model's file; default as the one that ships",
+    )
     time = commands.add_parser("time", help="seconds a picture through ComfyUI, runs in turns")
     time.add_argument("name", nargs="+", help="of runs")
     time.add_argument("--turns", type=at_least(1), default=9, help="default 9")
@@ -101,7 +106,9 @@ def parse_arguments() -> argparse.Namespace:
     for command in (merge, evaluate):
         command.add_argument("--captions", type=at_least(12), default=1000, help="default 1000")
         command.add_argument(
-            "--encoders", default="no t5", help="both, no t5 (default), zero t5, zero clip"
+            "--encoders",
+            default="no t5",
+            help="both, no t5 (default), zero t5, no clip, zero clip",
         )
     for command in commands.choices.values():
         command.add_argument("--folder", default=run.ROOT / ".train" / "distill", type=Path)

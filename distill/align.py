@@ -3,11 +3,12 @@
 An MMDiT reads its text tokens as a set. So a new T5 is understood at once if what the MMDiT's
 embedder makes of its word is what it makes of the last of CLIP-L's tokens for that word:
 
-    loss = ‖E(T5(text))_j − E(CLIP(text))_{w_0 + … + w_j}‖²
+    loss = ‖E(T5(text))_j − E(CLIP(text))_{w_0 + … + w_j}‖² / ‖E(CLIP(text))‖²
 
 where w are the tokens that CLIP-L takes for each of T5's; its start token comes first. Only the T5
-learns; E's columns for it, if they are zero as in a model without T5, are drawn at random. Ours;
-flow matching goes on from there.
+learns, a new one even where the model has one; E's columns for it, if they are zero as in a model
+without T5, are drawn at random. Ours. Flow matching may go on from there; a model that has done so
+can be given a better T5 afterwards, for what it draws by CLIP-L does not change.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ class AlignTask(TeacherTask):
         self._prepare()
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        super().start_from(weights)
+        rest = {name: value for name, value in weights.items() if not name.startswith("t5.")}
+        super().start_from(rest)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -54,7 +56,7 @@ class AlignTask(TeacherTask):
 
     def _loss(self, index: int, progress: float) -> Tensor:
         _, tokens = self.data(index)
-        if index % self.config.full_every:
+        if progress < self.config.full_from and index % self.config.full_every:
             tokens = tokens[..., : self.config.short_context]
         places, tokens = self._places(tokens[:, T5]).to(self.device), tokens.to(self.device)
         embedder = self.model.mmdit.context_embedder
@@ -63,7 +65,7 @@ class AlignTask(TeacherTask):
                 wanted = embedder(self.model.text(tokens[:, CLIP])[0]).float()
             said = embedder(modules.encode_t5(self.model.t5, tokens[:, T5])).float()
         wanted = wanted.gather(1, places[:, :, None].expand_as(said))
-        return nn.functional.mse_loss(said, wanted)
+        return nn.functional.mse_loss(said, wanted) / wanted.square().mean()
 
     def _places(self, ids: Tensor) -> Tensor:
         """Where CLIP-L's last token for each of T5's (n, t) lies."""

@@ -28,7 +28,7 @@ def train(options: Namespace, dataset: Dataset) -> None:
     _train(run, options, dataset)
 
 
-align = teacher = trajectory = match = style = train
+align = teacher = either = trajectory = match = style = train
 
 
 def split(options: Namespace, dataset: Dataset) -> None:

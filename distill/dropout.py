@@ -38,4 +38,4 @@ def drop_encoders(tokens: Tensor, shares: Shares, draw: torch.Generator) -> Tens
 
 def emptied(tokens: Tensor) -> Tensor:
     """The empty prompt in place of each prompt (n, encoders, t), with the same encoders absent."""
-    return torch.where(tokens == ABSENT, tokens, empty_prompt(tokens))
+    return torch.where(tokens < 0, tokens, empty_prompt(tokens))

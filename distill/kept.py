@@ -16,7 +16,7 @@ from .dataset import Dataset
 from .loop import load_checkpoint
 from .model import FlowModel, ModelConfig
 
-TEACHERS = ("align", "teacher")  # stages whose checkpoints hold a whole FlowModel
+TEACHERS = ("align", "teacher", "either")  # stages whose checkpoints hold a whole FlowModel
 TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 2.0  # with which a teacher is drawn
 
 

@@ -3,7 +3,8 @@
 A prompt is a tensor of token ids (n, encoders, tokens): row 0 is CLIP-L's, row 1 T5's. A row of
 ABSENT stands for an encoder that this prompt does without: its context and pooled vector are zero,
 as in SD3's pre-training (arXiv 2403.03206, B.3). Prompts without row 1 leave T5's tokens out of the
-context altogether, as ComfyUI does where no T5 is loaded.
+context altogether, as ComfyUI does where no T5 is loaded; those whose rows 0 are all LEFT_OUT leave
+CLIP-L's out.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ START, END = 49406, 49407  # CLIP's special tokens; END is the padding too
 UNKNOWN = 0  # the row of CLIP's token table that stays zero
 T5_PAD, T5_END, T5_UNKNOWN = 0, 1, 2
 ABSENT = -1  # every token of an encoder that a prompt does without
+LEFT_OUT = -2  # every token of CLIP-L in prompts for T5 alone
 CLIP, T5 = 0, 1  # rows of a prompt
 
 
@@ -85,10 +87,10 @@ class FlowModel(nn.Module):
     def encode(self, tokens: Tensor, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Context and pooled (n, width) of prompts (n, encoders, t); `known` masks words.
 
-        Context is (n, t, width) of CLIP-L alone, (n, 2t, 4096) with T5's after it.
+        Context is (n, t, width) of CLIP-L alone, (n, t, 4096) of T5 alone, (n, 2t, 4096) of both.
         """
-        ids = tokens.clamp(min=0)  # what stands for ABSENT matters not, it is zeroed below
-        present = (tokens[:, :, :1] != ABSENT).float()
+        ids = tokens.clamp(min=0)  # what stands for these matters not, it is zeroed below
+        present = (tokens[:, :, :1] >= 0).float()
         masks = [None] * tokens.shape[1] if known is None else known.unbind(1)
         context, pooled = self.text(ids[:, CLIP], masks[CLIP])
         context, pooled = context * present[:, CLIP, :, None], pooled * present[:, CLIP]
@@ -96,6 +98,8 @@ class FlowModel(nn.Module):
             return context, pooled
         told = ids[:, T5] if known is None else torch.where(masks[T5], ids[:, T5], T5_UNKNOWN)
         other = self.encode_t5(self.t5, told) * present[:, T5, :, None]
+        if (tokens[:, CLIP] == LEFT_OUT).all():
+            return other, pooled
         context = nn.functional.pad(context, (0, other.shape[-1] - context.shape[-1]))
         return torch.cat([context, other], 1), pooled
 

@@ -23,6 +23,7 @@ from ..host.training import check_memory
 from .align import AlignTask
 from .backbone import Copies
 from .dataset import Dataset
+from .either import EitherTask
 from .kept import TEACHERS, checkpoint, model_of, schedule, weights_of
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
@@ -39,6 +40,7 @@ CONFIGS = Path(__file__).parent / "configs"
 SETTINGS = {
     "align": TeacherConfig,
     "teacher": TeacherConfig,
+    "either": TeacherConfig,
     "trajectory": TrajectoryConfig,
     "match": MatchConfig,
     "style": StyleConfig,
@@ -137,7 +139,7 @@ def build(run: Run, folder: Path, dataset: Dataset, device: str = "cpu") -> Task
         if run.stage == "align":
             task = AlignTask(*given, widths=dataset.widths)
         else:
-            task = TeacherTask(*given)
+            task = (EitherTask if run.stage == "either" else TeacherTask)(*given)
         if run.start:
             state = checkpoint(folder, run.start)
             if state["config"]["stage"] not in TEACHERS:

@@ -74,6 +74,7 @@ def load_diffusion_model(
         take_hooks(model)
         stay_resident(model, operations.gguf_residency)
         use_fast_attention(model)
+    t5.take_alone(model.model)
     model.cached_patcher_init = (load_diffusion_model, (path, memory, runtime))
     if preset is not None:
         model.set_attachments(PRESET, preset)

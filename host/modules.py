@@ -196,8 +196,9 @@ def build_t5(
 
 
 @torch.no_grad()
-def _look_at_neighbours(bias: nn.Module, strength: float = 4.0) -> None:
-    """Let each head of T5's relative bias (32 buckets, heads) prefer one of NEIGHBOURS.
+def _look_at_neighbours(bias: nn.Module, strength: float = 8.0) -> None:
+    """Let each head of T5's relative bias (32 buckets, heads) prefer one of NEIGHBOURS, so much
+    that the padding of a short prompt to 77 tokens does not outweigh them.
 
     Bucket 0 to 7 are offsets 0 to −7, bucket 8 is −8 and a few before it; 16 more is as far ahead.
     Source: comfy.text_encoders.t5 T5Attention._relative_position_bucket.

@@ -6,11 +6,13 @@ vocabulary from the GGUF file's metadata.
 """
 
 import torch
+from comfy.model_base import SD3
 from comfy.sd1_clip import SDTokenizer
 from comfy.text_encoders.spiece_tokenizer import SPieceTokenizer
 
 WIDTH = 4096  # of T5-XXL, which SD3 and FLUX ask for
 PIECES = 32128  # of the published vocabulary
+POOLED = 768 + 1280  # of SD3's CLIP-L and CLIP-G
 # The tensor that `comfy.sd.detect_te_model` looks at, and the number of its rows.
 LAST_BLOCK, ROWS = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight", 10240
 _FIRST = "encoder.block.0.layer."
@@ -83,3 +85,19 @@ def use_vocabulary(clip, state_dict: dict[str, torch.Tensor]) -> None:
         max_length=published.max_length,
         min_length=published.min_length,
     )
+
+
+def take_alone(model) -> None:
+    """Let an SD3 (a BaseModel) whose CLIP is narrower than SD3's draw by a T5 alone too: where CLIP
+    is missing, the host takes zeros for its pooled vectors, but as wide as SD3's.
+    """
+    width = model.adm_channels
+    if not isinstance(model, SD3) or width == POOLED:
+        return
+
+    def encode_adm(**given):
+        pooled = given["pooled_output"]
+        missing = pooled.shape[-1] == POOLED and not pooled.any()
+        return pooled.new_zeros(len(pooled), width) if missing else pooled
+
+    model.encode_adm = encode_adm

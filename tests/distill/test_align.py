@@ -1,6 +1,6 @@
 """A new T5 that learns to say what CLIP-L says."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from fewstep.distill.align import AlignTask
@@ -18,8 +18,8 @@ def data(index):
     return latents, tokens
 
 
-def task():
-    made = AlignTask(CONFIG, toys.WORDS, data, widths=[1] * 8)
+def task(seed=0):
+    made = AlignTask(replace(CONFIG, seed=seed), toys.WORDS, data, widths=[1] * 8)
     weights = toys.teacher().state_dict()
     weights["mmdit.context_embedder.weight"][:, 32:] = 0  # as of a model that never had a T5
     made.start_from(weights)
@@ -30,6 +30,13 @@ def test_t5_comes_to_be_read_as_clip_is():
     training = task()
     losses = [training.step(i, 0.0).item() for i in range(60)]
     assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
+
+
+def test_the_t5_is_a_new_one():
+    learned = task(seed=1).model.state_dict()
+    start = toys.teacher().state_dict()
+    assert not torch.equal(learned["t5.shared.weight"], start["t5.shared.weight"])
+    assert torch.equal(learned["text.table"], start["text.table"])
 
 
 def test_nothing_but_the_t5_and_its_columns_changes():

@@ -96,6 +96,20 @@ def test_aligns_before_the_teacher(folder):
     assert load_checkpoint(folder / "teacher.pt")["config"]["start"] == "align"
 
 
+def test_a_teachers_t5_is_made_anew_and_learns_to_be_enough(folder):
+    write(folder, "teacher", "teacher", SIZES)
+    write(folder, "align", "align", SIZES, start="teacher")
+    write(folder, "either", "either", SIZES, start="align")
+    for name in ("teacher", "align", "either"):
+        commands.train(options(folder, name, name), Toy())
+    before, after = (kept.load_model(folder, name, Toy()) for name in ("align", "either"))
+    for name, value in after.state_dict().items():
+        assert torch.equal(value, before.state_dict()[name]) or name.startswith("t5."), name
+    assert not torch.equal(before.t5.shared.weight, after.t5.shared.weight)
+    sigmas, cfg = kept.schedule(kept.checkpoint(folder, "either")["config"])
+    assert (len(sigmas), cfg) == (51, 2.0)
+
+
 def test_a_model_that_ships_is_started_from(folder):
     given = options(folder, "teacher", "adopt", shipped="toy")
     given.name = "ready"
@@ -348,7 +362,7 @@ def test_a_checkpoint_of_other_settings_is_refused(folder):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"stage": "magic"}', "expected one of align, teacher, trajectory, match"),
+        ('{"stage": "magic"}', "expected one of align, teacher, either, trajectory, match"),
         (
             '{"stage": "match", "settings": {"renoize": 1}}',
             "no setting renoize. There are .*renoise",

@@ -8,8 +8,10 @@ import torch
 from comfy import ops
 from comfy.text_encoders.t5 import T5
 from fewstep.demo import recipe
+from fewstep.demo.evaluate import told_by
 from fewstep.demo.prompts import PIECES, tokenize, tokenize_t5
-from fewstep.distill.dropout import drop_encoders
+from fewstep.distill import model as prompts
+from fewstep.distill.dropout import drop_encoders, emptied
 from fewstep.distill.model import ABSENT, CLIP, T5_END, T5_PAD, T5_UNKNOWN, FlowModel, empty_prompt
 from fewstep.distill.teacher import TeacherConfig, TeacherTask
 from fewstep.host import modules
@@ -68,6 +70,16 @@ def test_an_absent_encoder_is_zero(model, encoder):
     assert not context[0, gone].any() and (pooled[0] == 0).all() == (encoder == CLIP)
     whole[0, gone] = 0
     assert torch.equal(context, whole) and torch.equal(pooled[1], whole_pooled[1])
+
+
+def test_clip_is_left_out_as_the_host_leaves_it_out(model):
+    """ComfyUI's SD3 with a T5 alone: its tokens, and zeros for CLIP's pooled vectors."""
+    tokens = told_by([PROMPT], "no clip")
+    context, pooled = model.encode(tokens)
+    assert torch.equal(context, modules.encode_t5(model.t5, tokens[:, prompts.T5]))
+    assert pooled.shape == (1, 32) and not pooled.any()
+    blank, _ = model.encode(emptied(tokens))
+    assert torch.equal(blank, modules.encode_t5(model.t5, tokenize([""], 2)[:, prompts.T5]))
 
 
 def test_a_prompt_without_both_says_nothing(model):

@@ -72,6 +72,10 @@ def test_a_new_t5s_heads_look_at_neighbours():
         assert set(offsets) <= set(seen.tolist()), head
         far = 3 if {-8, 8} & set(offsets) else 0  # the host has one bucket for 8 to 11
         assert len(seen) == len(offsets) + far, head
+    padded = attention.compute_bias(77, 77, torch.device("cpu"), torch.float32)[0]
+    first = padded.softmax(-1)[:, 8]  # the ninth word of a short prompt, of 77 tokens
+    for head, offsets in enumerate(modules.NEIGHBOURS):
+        assert first[head, [8 + offset for offset in offsets]].sum() > 0.7, head
 
 
 def test_t5_can_be_left_out(exported, clip):

@@ -1,0 +1,47 @@
+"""A T5 that learns to be enough: to draw by T5 alone what the same model draws by CLIP-L alone.
+
+What `align` leaves is CLIP-L's other way in, the pooled vector, for which T5's tokens must make up:
+
+    loss = ‖v(x, sigma, T5(text)) − v(x, sigma, CLIP(text))‖²
+
+Only the T5 learns, so that the model, and students of it, draw by CLIP-L as before. The aim holds
+none of flow matching's noise: it is the mean of all pictures of a caption, not one of them. Ours.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .model import CLIP, LEFT_OUT, T5
+from .optimize import build_optimizers
+from .teacher import TeacherTask
+
+
+class EitherTask(TeacherTask):
+    """As a task for `distill.loop.train`; `data(index)` gives latents and prompts as it does for
+    TeacherTask."""
+
+    name = "either"
+
+    def __init__(self, *args, **kwargs):
+        """Raises: ValueError for a model without T5."""
+        super().__init__(*args, **kwargs)
+        if not self.config.t5_pieces:
+            raise ValueError("the model has no T5 that could learn: set t5_pieces")
+        self.model.requires_grad_(False)
+        self.model.t5.requires_grad_(True)
+        self.optimizers = build_optimizers(self.model, self.config)
+
+    def _loss(self, index: int, progress: float) -> Tensor:
+        config, draw = self.config, torch.Generator()
+        draw.manual_seed(config.seed * 1_000_003 + index)
+        latents, tokens, noise, sigma = self._batch(index, draw)
+        if progress < config.full_from and index % config.full_every:
+            tokens = tokens[..., : config.short_context]
+        x = torch.lerp(latents, noise, sigma[:, None, None, None])
+        x, sigma, tokens = (t.to(self.device) for t in (x, sigma, tokens))
+        alone = tokens.clone()
+        alone[:, CLIP] = LEFT_OUT
+        with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.no_grad():
+                aim = self.model(x, sigma, tokens[:, :T5]).float()
+            return nn.functional.mse_loss(self.model(x, sigma, alone).float(), aim)
