@@ -304,7 +304,8 @@ runs in turns (`python -m distill time`).
 ## Encoders
 
 both: CLIP-L and T5; no t5, no clip: its tokens left out, as where it is not loaded; zero t5, zero
-clip: zeros for what it says.
+clip: zeros for what it says. The T5 is the last that was made for the teacher (align-2, then
+either); students never saw it.
 
 {variants(evaluations, "encoders", "encoders")}
 
