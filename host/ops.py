@@ -262,8 +262,8 @@ def gguf_ops(
                 """
                 if input.requires_grad:
                     return None
-                multiply = multiply_packed if input.is_cpu else multiply_on_gpu
-                return multiply(self, input, branch)
+                output = multiply_packed(self, input, branch)
+                return multiply_on_gpu(self, input, branch) if output is None else output
 
             def multiply(self, input, waiting, branch):
                 x = input.to(product_dtype(self, input))
