@@ -12,14 +12,14 @@ can be given a better T5 afterwards, for what it draws by CLIP-L does not change
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..host import modules
 from .model import CLIP, T5
-from .optimize import build_optimizers
-from .teacher import TeacherTask
+from .teacher import TeacherConfig, TeacherTask
 
 
 class AlignTask(TeacherTask):
@@ -30,21 +30,18 @@ class AlignTask(TeacherTask):
 
     name = "align"
 
-    def __init__(self, *args, widths: Sequence[int], **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: TeacherConfig, *args, widths: Sequence[int]):
+        super().__init__(replace(config, learn="t5."), *args)
         self.widths = torch.tensor(widths)
-        self._prepare()
+        self._give_columns()
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
         rest = {name: value for name, value in weights.items() if not name.startswith("t5.")}
         super().start_from(rest)
-        self._prepare()
+        self._give_columns()
 
-    def _prepare(self) -> None:
-        """Let only the T5 learn, and give a model that never had one columns to read it by."""
-        self.model.requires_grad_(False)
-        self.model.t5.requires_grad_(True)
-        self.optimizers = build_optimizers(self.model, self.config)
+    def _give_columns(self) -> None:
+        """Give a model that never had a T5 columns to read it by."""
         weight = self.model.mmdit.context_embedder.weight
         own, columns = weight.split(
             [self.config.text_width, weight.shape[1] - self.config.text_width], 1
@@ -56,8 +53,7 @@ class AlignTask(TeacherTask):
 
     def _loss(self, index: int, progress: float) -> Tensor:
         _, tokens = self.data(index)
-        if progress < self.config.full_from and index % self.config.full_every:
-            tokens = tokens[..., : self.config.short_context]
+        tokens = self._shortened(tokens, index, progress)
         places, tokens = self._places(tokens[:, T5]).to(self.device), tokens.to(self.device)
         embedder = self.model.mmdit.context_embedder
         with torch.autocast(self.device.type, torch.bfloat16):

@@ -8,12 +8,13 @@ Only the T5 learns, so that the model, and students of it, draw by CLIP-L as bef
 none of flow matching's noise: it is the mean of all pictures of a caption, not one of them. Ours.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from .model import CLIP, LEFT_OUT, T5
-from .optimize import build_optimizers
-from .teacher import TeacherTask
+from .teacher import TeacherConfig, TeacherTask
 
 
 class EitherTask(TeacherTask):
@@ -22,21 +23,16 @@ class EitherTask(TeacherTask):
 
     name = "either"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, config: TeacherConfig, *args):
         """Raises: ValueError for a model without T5."""
-        super().__init__(*args, **kwargs)
-        if not self.config.t5_pieces:
+        if not config.t5_pieces:
             raise ValueError("the model has no T5 that could learn: set t5_pieces")
-        self.model.requires_grad_(False)
-        self.model.t5.requires_grad_(True)
-        self.optimizers = build_optimizers(self.model, self.config)
+        super().__init__(replace(config, learn="t5."), *args)
 
     def _loss(self, index: int, progress: float) -> Tensor:
-        config, draw = self.config, torch.Generator()
-        draw.manual_seed(config.seed * 1_000_003 + index)
+        draw = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
         latents, tokens, noise, sigma = self._batch(index, draw)
-        if progress < config.full_from and index % config.full_every:
-            tokens = tokens[..., : config.short_context]
+        tokens = self._shortened(tokens, index, progress)
         x = torch.lerp(latents, noise, sigma[:, None, None, None])
         x, sigma, tokens = (t.to(self.device) for t in (x, sigma, tokens))
         alone = tokens.clone()

@@ -109,14 +109,19 @@ class TeacherTask:
         known = torch.rand(tokens.shape, generator=draw) >= config.unknown_token
         known[:, CLIP] |= tokens[:, CLIP] >= START
         known[:, T5:] |= tokens[:, T5:] <= T5_END
-        if progress < config.full_from and index % config.full_every:
-            tokens, known = tokens[..., : config.short_context], known[..., : config.short_context]
+        tokens, known = (self._shortened(each, index, progress) for each in (tokens, known))
         x = torch.lerp(latents, noise, sigma[:, None, None, None])
         x, sigma, tokens, known = (t.to(self.device) for t in (x, sigma, tokens, known))
         with torch.autocast(self.device.type, torch.bfloat16):
             made = self.model(x, sigma, tokens, known).float()
             target = self._target((noise - latents).to(self.device), x, sigma, tokens, known)
         return nn.functional.mse_loss(made, target)
+
+    def _shortened(self, tokens: Tensor, index: int, progress: float) -> Tensor:
+        """What a step sees of prompts (…, 77): in most steps their beginning."""
+        config = self.config
+        short = progress < config.full_from and index % config.full_every
+        return tokens[..., : config.short_context] if short else tokens
 
     def _batch(self, index: int, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Latents, token ids, noise like the latents, and noise levels (n,)."""
