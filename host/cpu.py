@@ -22,9 +22,8 @@ import comfy.model_management
 import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch
-from gguf import GGMLQuantizationType
 
-from ..quant import attend, multiply_few, multiply_many
+from ..quant import PLAIN_QTYPES, attend, multiplies_many, multiply_few, multiply_many
 from .layout import is_gguf
 
 log = logging.getLogger(__name__)
@@ -82,10 +81,14 @@ def may_choose(module: torch.nn.Module, input: torch.Tensor) -> bool:
     )
 
 
+def is_large(module: torch.nn.Module) -> bool:
+    """Whether its weight is."""
+    return module.in_features * module.out_features > LARGE_WEIGHT
+
+
 def may_round(module: torch.nn.Module, input: torch.Tensor) -> bool:
     """Whether that product may also be of bfloat16."""
-    large = module.in_features * module.out_features > LARGE_WEIGHT
-    return large and may_choose(module, input) and multiplies_bfloat16()
+    return is_large(module) and may_choose(module, input) and multiplies_bfloat16()
 
 
 def product_dtype(module: torch.nn.Module, input: torch.Tensor) -> torch.dtype:
@@ -100,9 +103,9 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     """`module`'s output, LoRAs of its side branch included, by a kernel that never writes the
     unpacked weight out; None where there is none.
 
-    For a few tokens (as of the modulation from time and text) in float32, for more in bfloat16 with
-    sums and results in float32. The weight must be as it was loaded: neither patches nor functions
-    of the host but the side branch.
+    For a few tokens (as of the modulation from time and text) in float32; for more, where the
+    weight is large, in `product_dtype`, with sums and results in float32. The weight must be as it
+    was loaded: neither patches nor functions of the host but the side branch.
     """
     weight, bias = module.weight, module.bias
     if not is_gguf(weight) or not may_choose(module, input):
@@ -113,14 +116,14 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     if output is not None:
         output = output if bias is None else output + bias
         output = output if branch is None else branch.add(output, flat)
-    elif may_round(module, input):
+    elif is_large(module) and multiplies_many(dtype := product_dtype(module, input)):
         factors = None if branch is None else branch.factors(tuple(weight.shape))
         if branch is not None and factors is None:
             return None
         if module.gguf_residency.keeps(module):
-            dense = module.gguf_residency.dense(module, weight, torch.bfloat16, transient=True)
-            blocks, qtype = dense.view(torch.uint8), GGMLQuantizationType.BF16
-        output = multiply_many(blocks, qtype, flat, bias, factors)
+            dense = module.gguf_residency.dense(module, weight, dtype, transient=True)
+            blocks, qtype = dense.view(torch.uint8), PLAIN_QTYPES[dtype]
+        output = multiply_many(blocks, qtype, flat, dtype, bias, factors)
     return None if output is None else output.reshape(*input.shape[:-1], -1)
 
 

@@ -63,7 +63,7 @@ class SideBranch:
             places = {(_length(term.rows), _length(term.columns)) for term in self.terms}
             made = None
             if places == {shape}:
-                _, _, up, down = _join(self.terms, torch.empty(0, dtype=torch.bfloat16))
+                _, _, up, down = _join(self.terms, torch.empty(0))
                 made = low_rank_factors(up.T, down.T)
             self.factors_of = shape, made
         return self.factors_of[1]

@@ -5,6 +5,7 @@ from .dequant import (
     dequantize,
     dequantize_rows,
     low_rank_factors,
+    multiplies_many,
     multiply_few,
     multiply_many,
 )
@@ -12,10 +13,11 @@ from .errors import GGUFError
 from .fused import multiply_fused, prefers_fused
 from .quantize import quantize, writable_types
 from .reader import GGUFFile, TensorInfo
-from .types import PLAIN_TYPES, QTYPES, QType, types_markdown
+from .types import PLAIN_QTYPES, PLAIN_TYPES, QTYPES, QType, types_markdown
 from .writer import write_gguf
 
 __all__ = [
+    "PLAIN_QTYPES",
     "PLAIN_TYPES",
     "QTYPES",
     "GGUFError",
@@ -26,6 +28,7 @@ __all__ = [
     "dequantize",
     "dequantize_rows",
     "low_rank_factors",
+    "multiplies_many",
     "multiply_few",
     "multiply_fused",
     "multiply_many",

@@ -46,4 +46,4 @@ def _kernel() -> ModuleType | None:
     """The compiled kernel, if numba is there and the CPU has the instructions."""
     doing = "attending on the CPU"
     tile = find_kernels("numba_tile", doing)
-    return find_kernels("numba_attention", doing) if tile and tile.SUPPORTED else None
+    return find_kernels("numba_attention", doing) if tile and tile.PAIRS else None

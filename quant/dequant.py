@@ -99,44 +99,46 @@ def multiply_many(
     blocks: Tensor,
     qtype: GGMLQuantizationType,
     x: Tensor,
+    dtype: torch.dtype,
     bias: Tensor | None = None,
     factors: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor | None:
     """x (vectors, columns) float32 times the transpose of a matrix of `qtype`, plus bias, without
-    unpacking all of the matrix; None where no kernel does that faster than a product.
+    unpacking all of the matrix; None where no kernel does that in `dtype` faster than a product.
 
-    Matrix and x are rounded to bfloat16; sums and results are float32. blocks: (rows, bytes of a
-    row) uint8, quantised or BF16. `factors`, as `low_rank_factors` gives them, are added to the
-    matrix as a product.
+    Matrix and x are rounded to `dtype`, bfloat16 or float32; sums and results are float32. blocks:
+    (rows, bytes of a row) uint8, quantised or of `dtype`. `factors`, as `low_rank_factors` gives
+    them, are added to the matrix as a product.
     """
-    if torch.compiler.is_compiling() or not blocks.is_cpu or (kernels := _kernels("cpu")) is None:
+    if torch.compiler.is_compiling() or not blocks.is_cpu or not multiplies_many(dtype):
         return None
-    from . import numba_tile
+    from . import numba_dequant, numba_linear
 
     block_size, type_size = GGML_QUANT_SIZES[qtype]
     (rows, size), columns = blocks.shape, x.shape[1]
     if (
-        not numba_tile.SUPPORTED
-        or qtype not in kernels.COMPILED | {GGMLQuantizationType.BF16}
+        qtype not in numba_dequant.COMPILED | {numba_linear.UNPACKED}
         or columns % max(block_size, 32)
         or rows % 16
         or size != columns // block_size * type_size
         or rows < 48 * torch.get_num_threads()
     ):
         return None
-    from . import numba_linear
-
     return numba_linear.linear(blocks, qtype, x, bias, factors)
 
 
-def low_rank_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor] | None:
-    """up (rows, rank) and down (rank, columns) for `multiply_many`; None if that has no kernel."""
+def multiplies_many(dtype: torch.dtype) -> bool:
+    """Whether `multiply_many` has a kernel for products in `dtype` on this CPU."""
     if _kernels("cpu") is None:
-        return None
+        return False
     from . import numba_tile
 
-    if not numba_tile.SUPPORTED:
-        return None
+    return numba_tile.SUPPORTED and dtype == numba_tile.DTYPE
+
+
+def low_rank_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """up (rows, rank) and down (rank, columns), as `multiply_many` takes them where it has a
+    kernel."""
     from . import numba_linear
 
     return numba_linear.low_rank(up, down)

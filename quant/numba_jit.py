@@ -18,9 +18,11 @@ ZERO, ONE = f4(0.0), f4(1.0)
 TOO_LARGE = f4(2147483648.0)  # for int32
 _MAGIC, _HALF = f4(12582912.0), f4(0.5)
 
-# What the processor has; nothing, where numba is told to compile for another one.
-TOLD = numba.config.CPU_NAME or numba.config.CPU_FEATURES
-FEATURES = {} if TOLD else dict(llvm.get_host_cpu_features())
+# What the processor has, or what numba is told that it has.
+_TOLD = numba.config.CPU_FEATURES or ""
+FEATURES = {name[1:]: name[0] == "+" for name in _TOLD.split(",") if name}
+if not (_TOLD or numba.config.CPU_NAME):
+    FEATURES = dict(llvm.get_host_cpu_features())
 
 # numba's cache notices when a kernel's own file changes, but not the files of what it calls, so an
 # update could leave old code in use; nor that the pack goes by another name (ComfyUI's and the

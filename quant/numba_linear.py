@@ -1,8 +1,8 @@
-"""A quantised matrix times many vectors on CPUs with AVX-512 BF16, without writing the matrix out.
+"""A quantised matrix times many vectors on CPUs, without writing the matrix out.
 
-Vectors are rounded to bfloat16 once and packed as the instruction for pairs of products reads them.
-Each thread then unpacks a tile of rows to bfloat16, which stays in its second cache while all the
-vectors meet it. So neither the unpacked matrix nor the vectors' and the results' roundings pass
+Vectors are packed once as `numba_tile.py` reads them, on CPUs with AVX-512 BF16 rounded to
+bfloat16. Each thread then unpacks a tile of rows to that type, which stays in its cache while all
+the vectors meet it. So neither the unpacked matrix nor the vectors' and the results' roundings pass
 through memory; sums, bias and results are float32.
 """
 
@@ -14,40 +14,61 @@ from torch.nn.functional import pad
 
 from .numba_dequant import kernel
 from .numba_jit import jit
-from .numba_tile import COLUMNS, ROWS, make_tile, pack_rows
+from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, make_tile, pack_rows
 from .numba_vector import LANES, helper, load, store, transpose
 from .threads import in_threads
+from .types import PLAIN_QTYPES
 
 LowRank = tuple[Tensor, Tensor]
 
-_STEP = COLUMNS * LANES  # vectors of a tile
+UNPACKED = PLAIN_QTYPES[DTYPE]  # of a matrix as it is multiplied
+_STEP = 4 * LANES  # vectors that meet a tile at once
 _SLICE, _MOST = 48, 384  # rows: whole ROWS and whole LANES; so many of a tile, at the most
 _LARGEST = 2**20  # weights of a tile
-_PAIRS = 768  # of columns that meet before the next rows do: 192 KiB of _STEP vectors
+_DEPTH = 768  # numbers or pairs that meet before the next rows do: 192 KiB of _STEP vectors
 _NONE = np.empty(0, np.float32)
 _tile_1, _tile_2, _tile_3, _tile_4 = (make_tile(n, adds=True) for n in (1, 2, 3, 4))
 
 
 @jit
 def _pack(x, vectors, width, first, end, panel):
-    row = np.empty(LANES * width // 2, np.float32)
+    row = np.empty(LANES * width // NUMBERS, np.float32)
     pack_rows(x, 0, width, vectors, first, end, width, row, panel)
 
 
 @helper
-def _add(columns, a, at, a_step, b, b_at, b_step, pairs, sums, to):
+def _add_some(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
     if columns == 4:
-        _tile_4(a, at, a_step, b, b_at, b_step, pairs, sums, to, _STEP)
+        _tile_4(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
     elif columns == 3:
-        _tile_3(a, at, a_step, b, b_at, b_step, pairs, sums, to, _STEP)
+        _tile_3(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
     elif columns == 2:
-        _tile_2(a, at, a_step, b, b_at, b_step, pairs, sums, to, _STEP)
+        _tile_2(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
     else:
-        _tile_1(a, at, a_step, b, b_at, b_step, pairs, sums, to, _STEP)
+        _tile_1(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
+
+
+@helper
+def _add_one(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
+    _tile_1(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
+
+
+_add = _add_one if COLUMNS == 1 else _add_some
+
+
+@helper
+def _add_all(a, a_at, rows, b, b_at, vectors, depth, first, end, sums):
+    """sums (rows, _STEP) += a (rows, depth) · b (depth, vectors), of depth `first` to `end`."""
+    for place in range(0, vectors, COLUMNS * LANES):
+        columns = min(COLUMNS, -(-(vectors - place) // LANES))
+        from_b = b_at + place * depth + first * LANES
+        for r in range(0, rows, ROWS):
+            at, to = a_at + r * depth + first, r * _STEP + place
+            _add(columns, a, at, depth, b, from_b, LANES * depth, end - first, sums, to)
 
 
 @jit
-def _multiply(a, rows, panel, pairs, up, low_panel, low_pairs, first, end, bias, out, row, step):
+def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias, out, row, step):
     """out (vectors, step), from column `row` on, for vectors first … end = these times the rows of
     a, plus theirs of low rank times rows `row` … of up, plus bias.
 
@@ -56,15 +77,13 @@ def _multiply(a, rows, panel, pairs, up, low_panel, low_pairs, first, end, bias,
     sums, square = np.empty(_MOST * _STEP, np.float32), np.empty(LANES * LANES, np.float32)
     for vector in range(first, end, _STEP):
         sums[:] = np.float32(0)
-        columns = min(COLUMNS, -(-(end - vector) // LANES))
-        for k in range(0, pairs, _PAIRS):
-            part, b = min(_PAIRS, pairs - k), vector * pairs + k * LANES
-            for r in range(0, rows, ROWS):
-                at = r * pairs + k
-                _add(columns, a, at, pairs, panel, b, LANES * pairs, part, sums, r * _STEP)
-        for r in range(0, rows if low_pairs else 0, ROWS):
-            at, b, b_step = (row + r) * low_pairs, vector * low_pairs, LANES * low_pairs
-            _add(columns, up, at, low_pairs, low_panel, b, b_step, low_pairs, sums, r * _STEP)
+        vectors = min(_STEP, end - vector)
+        for k in range(0, depth, _DEPTH):
+            upto = min(k + _DEPTH, depth)
+            _add_all(a, 0, rows, panel, vector * depth, vectors, depth, k, upto, sums)
+        if low_depth:
+            at, low = row * low_depth, vector * low_depth
+            _add_all(up, at, rows, low_panel, low, vectors, low_depth, 0, low_depth, sums)
         for r in range(0, rows, LANES):
             added = load(bias, row + r)
             for c in range(0, min(_STEP, end - vector), LANES):
@@ -75,12 +94,12 @@ def _multiply(a, rows, panel, pairs, up, low_panel, low_pairs, first, end, bias,
 
 
 def low_rank(up: Tensor, down: Tensor) -> LowRank:
-    """up (rows, rank) and down (rank, columns), as the kernel reads them: bfloat16, the rank filled
-    up to whole 32 with zeros, and ROWS rows more than are there.
+    """up (rows, rank) and down (rank, columns), as the kernel reads them: of its type, the rank
+    filled up to whole 32 with zeros, and ROWS rows more than are there.
     """
     more = -up.shape[1] % 32
-    up = pad(up.to(torch.bfloat16), (0, more, 0, ROWS))
-    return up.contiguous(), pad(down.to(torch.bfloat16), (0, 0, 0, more + ROWS)).contiguous()
+    up = pad(up.to(DTYPE), (0, more, 0, ROWS))
+    return up.contiguous(), pad(down.to(DTYPE), (0, 0, 0, more + ROWS)).contiguous()
 
 
 def linear(
@@ -90,18 +109,19 @@ def linear(
     float32. Whole 32 columns, whole 16 rows. `factors`: see `low_rank`; their product is added to
     the matrix.
 
-    blocks: (rows, bytes of a row) uint8 of BF16 or a type in `numba_dequant.COMPILED`, on the CPU.
+    blocks: (rows, bytes of a row) uint8 of UNPACKED or a type in `numba_dequant.COMPILED`, on the
+    CPU.
     """
-    (vectors, columns), rows, pairs = x.shape, len(blocks), x.shape[1] // 2
+    (vectors, columns), rows, depth = x.shape, len(blocks), x.shape[1] // NUMBERS
     row_size, data = blocks.shape[1], blocks.contiguous().view(-1).numpy()
-    unpack = kernel(qtype) if qtype != T.BF16 else None
+    unpack = kernel(qtype) if qtype != UNPACKED else None
     padded, out = -(-vectors // LANES) * LANES, torch.empty(vectors, rows)
     added = torch.zeros(rows) if bias is None else bias.float().contiguous()
-    panel, added = np.empty(padded * pairs, np.float32), added.numpy()
+    panel, added = np.empty(padded * depth, np.float32), added.numpy()
     flat, result = x.contiguous().view(-1).numpy(), out.view(-1).numpy()
     up, down = (_NONE, _NONE) if factors is None else (_flat(factor) for factor in factors)
     rank = 0 if factors is None else factors[0].shape[1]
-    low, low_panel = (np.empty(padded * n, np.float32) for n in (rank, rank // 2))
+    low, low_panel = (np.empty(padded * n, np.float32) for n in (rank, rank // NUMBERS))
     zeros = np.zeros(rank, np.float32)
 
     def pack(first: int, end: int) -> None:
@@ -109,8 +129,8 @@ def linear(
         _pack(flat, vectors, columns, first, end, panel)
         end = min(end, vectors)
         for row in range(0, rank, _MOST):
-            part, a = min(_MOST, rank - row), down[row * pairs :]
-            _multiply(a, part, panel, pairs, _NONE, _NONE, 0, first, end, zeros, low, row, rank)
+            part, a = min(_MOST, rank - row), down[row * depth :]
+            _multiply(a, part, panel, depth, _NONE, _NONE, 0, first, end, zeros, low, row, rank)
         if rank:
             _pack(low, vectors, rank, first, end, low_panel)
 
@@ -119,19 +139,19 @@ def linear(
     step = max(_SLICE, min(_MOST, _LARGEST // columns, share + _SLICE - 1) // _SLICE * _SLICE)
 
     def work(first: int, end: int) -> None:
-        a = np.empty(step * pairs, np.float32)
-        as_bfloat16 = a.view(np.uint16)
+        a = np.empty(step * depth, np.float32)
+        as_numbers = a.view(np.uint16) if NUMBERS == 2 else a
         for row in range(first * step, min(end * step, rows), step):
             count = min(step, rows - row)
             part, tile = data[row * row_size : (row + count) * row_size], a
             if unpack:
-                unpack(part, as_bfloat16[: count * columns])
+                unpack(part, as_numbers[: count * columns])
             elif count % ROWS:
-                a[: count * pairs] = part.view(np.float32)
+                a[: count * depth] = part.view(np.float32)
             else:
                 tile = part.view(np.float32)
-            lows = (up, low_panel, rank // 2)
-            _multiply(tile, count, panel, pairs, *lows, 0, vectors, added, result, row, rows)
+            lows = (up, low_panel, rank // NUMBERS)
+            _multiply(tile, count, panel, depth, *lows, 0, vectors, added, result, row, rows)
 
     in_threads(pack, padded // LANES, LANES * columns)
     in_threads(work, -(-rows // step), step * columns)
@@ -139,5 +159,5 @@ def linear(
 
 
 def _flat(factor: Tensor) -> np.ndarray:
-    """Pairs of bfloat16 as float32."""
+    """Its bytes as float32."""
     return factor.view(torch.uint8).view(-1).numpy().view(np.float32)

@@ -1,12 +1,14 @@
-"""Products of bfloat16 matrices in registers, by the instruction of AVX-512 BF16 that sums pairs.
+"""Products of matrices in registers: of bfloat16, by the instruction of AVX-512 BF16 that sums
+pairs; on CPUs that have no more than AVX2 of float32, by fused multiplication and addition.
 
-One factor is read row by row, a pair of neighbours at a time, spread over a vector; of the other a
-vector holds a pair of each of sixteen columns. Pairs of bfloat16 pass for a float32. All sums are
-in float32.
+One factor is read row by row, a number at a time, spread over a vector; of the other a vector holds
+a number of each of sixteen columns. For bfloat16 a pair of neighbours takes a number's place. All
+sums are in float32.
 """
 
 from collections.abc import Callable
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -29,9 +31,13 @@ from .numba_vector import (
     transpose,
 )
 
-# With AMX torch is faster.
-SUPPORTED = FEATURES.get("avx512bf16", False) and not FEATURES.get("amx-bf16", False)
-ROWS, COLUMNS = 6, 4  # of a tile, in queries and vectors: 24 sums, of 32 registers
+# With AMX torch is faster, and with AVX-512 alone its float32 is not measured.
+PAIRS = FEATURES.get("avx512bf16", False) and not FEATURES.get("amx-bf16", False)
+_SINGLES = all(FEATURES.get(name, False) for name in ("avx2", "fma"))
+SUPPORTED = PAIRS or (_SINGLES and not FEATURES.get("avx512f", False))
+DTYPE, NUMBERS = (torch.bfloat16, 2) if PAIRS else (torch.float32, 1)  # in the place of a float32
+# Of a tile, in queries and vectors: 24 sums of 32 registers; or 6 of two registers each, of 16.
+ROWS, COLUMNS = 6, 4 if PAIRS else 1
 
 
 class _BFloat(ir.Type):
@@ -80,17 +86,17 @@ def _(builder, low, high):
 def make_tile(columns: int, adds: bool = False) -> Callable:
     """A function for kernels, whose registers hold ROWS rows of so many vectors (up to COLUMNS)."""
 
-    def tile(a, a_at, a_step, b, b_at, b_step, pairs, out, out_at, out_step):
-        """ROWS × columns vectors of sums over `pairs`, put into `out` or added to it. Row r of a
-        begins at a_at + r·a_step, a pair for each float32; column c of b at b_at + c·b_step, a
-        vector of pairs for each; row r of the result at out_at + r·out_step.
+    def tile(a, a_at, a_step, b, b_at, b_step, depth, out, out_at, out_step):
+        """ROWS × columns vectors of sums over `depth` numbers or pairs, put into `out` or added to
+        it. Row r of a begins at a_at + r·a_step; column c of b at b_at + c·b_step, a vector for
+        each of a's; row r of the result at out_at + r·out_step.
         """
 
     place = (types.intp, types.intp)
 
     @type_callable(tile)
     def _(context):
-        def typed(a, a_at, a_step, b, b_at, b_step, pairs, out, out_at, out_step):
+        def typed(a, a_at, a_step, b, b_at, b_step, depth, out, out_at, out_step):
             return signature(types.none, a, *place, b, *place, types.intp, out, *place)
 
         return typed
@@ -99,7 +105,7 @@ def make_tile(columns: int, adds: bool = False) -> Callable:
 
     @lower_builtin(tile, *array, *array, types.intp, *array)
     def _(context, builder, sig, args):
-        a, a_at, a_step, b, b_at, b_step, pairs, out, out_at, out_step = args
+        a, a_at, a_step, b, b_at, b_step, depth, out, out_at, out_step = args
         size, vector = a_at.type, LOWERED[FLOATS]
 
         def at(start, step, n):
@@ -118,19 +124,17 @@ def make_tile(columns: int, adds: bool = False) -> Callable:
             key: cgutils.alloca_once_value(builder, builder.load(t, align=4) if adds else zero)
             for key, t in targets.items()
         }
-        with cgutils.for_range(builder, pairs, intp=size) as loop:
+        with cgutils.for_range(builder, depth, intp=size) as loop:
             shift = builder.mul(loop.index, ir.Constant(size, LANES))
             vectors = []
             for c in range(columns):
                 start = builder.add(at(b_at, b_step, c), shift)
-                loaded = builder.load(reach(3, b, start, vector), align=4)
-                vectors.append(builder.bitcast(loaded, _PAIRS))
+                vectors.append(builder.load(reach(3, b, start, vector), align=4))
             for r in range(ROWS):
                 start = builder.add(at(a_at, a_step, r), loop.index)
                 row = _spread(builder, builder.load(reach(0, a, start, WORD), align=4))
                 for c, column in enumerate(vectors):
-                    total = builder.load(sums[r, c])
-                    total = _call(builder, _SUM_OF_PAIRS, vector, total, row, column)
+                    total = _added(builder, builder.load(sums[r, c]), row, column)
                     builder.store(total, sums[r, c])
         for key, target in targets.items():
             builder.store(builder.load(sums[key]), target, align=4)
@@ -139,27 +143,42 @@ def make_tile(columns: int, adds: bool = False) -> Callable:
     return tile
 
 
-def _spread(builder, pair):
+def _spread(builder, word):
     row = ir.Constant(LOWERED[INTS], ir.Undefined)
-    row = builder.insert_element(row, pair, ir.Constant(WORD, 0))
+    row = builder.insert_element(row, word, ir.Constant(WORD, 0))
     lanes = ir.Constant(ir.VectorType(WORD, LANES), [0] * LANES)
-    return builder.bitcast(builder.shuffle_vector(row, row, lanes), _PAIRS)
+    return builder.bitcast(builder.shuffle_vector(row, row, lanes), LOWERED[FLOATS])
+
+
+def _added(builder, total, row, column):
+    """total + row · column, each lane for itself."""
+    if PAIRS:
+        row, column = (builder.bitcast(factor, _PAIRS) for factor in (row, column))
+        return _call(builder, _SUM_OF_PAIRS, LOWERED[FLOATS], total, row, column)
+    return _call(builder, f"llvm.fma.v{LANES}f32", LOWERED[FLOATS], row, column, total)
+
+
+@helper
+def _paired(x, at):
+    return pack(load(x, at), load(x, at + LANES))
+
+
+_taken = _paired if PAIRS else load
 
 
 @helper
 def pack_rows(x, at, step, rows, first, end, width, row, panel):
-    """panel: for each sixteen of x's rows from `first` to `end`, each pair of a row's `width`
-    numbers, a vector of those rows; beyond `rows` zeros. Row j of x begins at `at` + j·step; `row`
-    is room for LANES · width / 2 numbers.
+    """panel: for each sixteen of x's rows from `first` to `end`, each number (or pair) of a row's
+    `width`, a vector of those rows; beyond `rows` zeros. Row j of x begins at `at` + j·step; `row`
+    is room for LANES · width / NUMBERS numbers.
     """
-    pairs = width // 2
+    depth = width // NUMBERS
     for start in range(first, end, LANES):
         for j in range(LANES):
-            for i in range(0, pairs, LANES):
+            for i in range(0, depth, LANES):
                 v = splat(ZERO)
                 if start + j < rows:
-                    place = at + (start + j) * step + 2 * i
-                    v = pack(load(x, place), load(x, place + LANES))
-                store(row, j * pairs + i, v)
-        for i in range(0, pairs, LANES):
-            transpose(row, i, pairs, panel, start * pairs + i * LANES)
+                    v = _taken(x, at + (start + j) * step + NUMBERS * i)
+                store(row, j * depth + i, v)
+        for i in range(0, depth, LANES):
+            transpose(row, i, depth, panel, start * depth + i * LANES)

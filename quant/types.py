@@ -140,6 +140,7 @@ PLAIN_TYPES: dict[GGMLQuantizationType, torch.dtype] = {
     T.I32: torch.int32,
     T.I64: torch.int64,
 }
+PLAIN_QTYPES = {dtype: qtype for qtype, dtype in PLAIN_TYPES.items()}
 
 _KNOWN: dict[int, GGMLQuantizationType] = {int(qtype): qtype for qtype in (*PLAIN_TYPES, *QTYPES)}
 
