@@ -26,7 +26,7 @@ def header_times(path: str, repeats: int) -> list[dict[str, float]]:
 
     ways = {
         "fewstep": lambda: GGUFFile(path),
-        "fewstep, words read": lambda: GGUFFile(path).metadata[WORDS],
+        "FewStep, words read": lambda: GGUFFile(path).metadata[WORDS],
         "gguf-py": lambda: GGUFReader(path),
     }
     turns = []

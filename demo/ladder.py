@@ -4,6 +4,7 @@ Each file is written by `quant`, loaded and sampled by the host as a user's grap
 same noise; `python -m demo quantise` makes the page and the picture in docs/ of it.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,8 @@ GAP = 4  # white pixels between a recipe's rows and the next's
 class Pictures:
     """The shipped encoder and VAE, and what a model draws with them through the host."""
 
+    sampled_in = 0.0  # seconds that the last sampling took
+
     def __init__(self, models: Path):
         self.clip = load_text_encoders([str(models / FILES["text"])])
         self.vae = load_vae(str(models / FILES["vae"]))
@@ -46,9 +49,12 @@ class Pictures:
         negative = None if preset.cfg == 1 else self._conditioning([""] * len(prompts))
         empty = {"samples": torch.zeros(len(prompts), *LATENT)}
         sampler = sampling.make_sampler(sampling.AUTO_RULE, preset)
-        return sampling.sample(
+        start = time.perf_counter()
+        drawn = sampling.sample(
             model, positive, negative, empty, seed, preset.cfg, sampler, preset.sigmas()
         )
+        self.sampled_in = time.perf_counter() - start
+        return drawn
 
     def _conditioning(self, prompts: Sequence[str]) -> list:
         """CONDITIONING of as many pictures as prompts."""

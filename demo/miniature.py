@@ -98,18 +98,18 @@ class Miniature:
     ) -> list[Path]:
         return write_files(model, self.vae, model.config, folder, preset, recipe, file or NAME)
 
-    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[float]]:
+    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[tuple[float, float]]]:
         """Alternately one picture by each folder's files, after one that has the host load them:
         text, sampling and VAE as a graph has."""
         prompt, drawn, models = "a red circle on a blue background", [], []
         for folder in folders:
             drawn.append(Pictures(folder))
             models.append(load_diffusion_model(str(folder / FILES["mmdit"])))
-        seconds: list[list[float]] = [[] for _ in folders]
+        seconds: list[list[tuple[float, float]]] = [[] for _ in folders]
         for turn in range(turns):
             for pictures, model, taken in zip(drawn, models, seconds, strict=True):
                 pictures.draw(model, [prompt], seed=turn)
                 start = time.perf_counter()
                 pictures.draw(model, [prompt], seed=turn)
-                taken.append(time.perf_counter() - start)
+                taken.append((time.perf_counter() - start, pictures.sampled_in))
         return seconds

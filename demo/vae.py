@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..distill.optimize import update
+from ..distill.optimize import autocast, update
 from .captions import KINDS, draw_captions
 from .latents import PATCH, LatentCode
 from .scenes import SIZE, draw
@@ -64,7 +64,7 @@ class VAETask:
             sigma = NOISE * DECODER_GAIN * torch.rand(self.batch, 1, 1, 1, generator=generator)
             latents += sigma * torch.randn(latents.shape, generator=generator)
         pictures, latents = pictures.to(self.device), latents.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             made = self.network(latents if self.part == "decoder" else pictures).float()
         if self.part == "decoder":
             loss = nn.functional.mse_loss(made, pictures) * 4 + nn.functional.l1_loss(

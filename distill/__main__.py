@@ -34,7 +34,10 @@ def at_least(low: int):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m distill", description=__doc__)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m distill", description=__doc__, formatter_class=as_written
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in {
         "align": "a new T5 learns to say what CLIP-L says (at the end once more: --config align-2)",

@@ -12,14 +12,14 @@ can be given a better T5 afterwards, for what it draws by CLIP-L does not change
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..host import modules
 from .model import CLIP, T5
-from .teacher import TeacherConfig, TeacherTask
+from .optimize import autocast
+from .teacher import TeacherConfig, TeacherTask, t5_alone
 
 
 class AlignTask(TeacherTask):
@@ -31,7 +31,7 @@ class AlignTask(TeacherTask):
     name = "align"
 
     def __init__(self, config: TeacherConfig, *args, widths: Sequence[int]):
-        super().__init__(replace(config, learn="t5."), *args)
+        super().__init__(t5_alone(config), *args)
         self.widths = torch.tensor(widths)
         self._give_columns()
 
@@ -48,7 +48,7 @@ class AlignTask(TeacherTask):
         )
         if not columns.any():
             draw = torch.Generator().manual_seed(self.config.seed)
-            columns.data.copy_(own.std() * torch.randn(columns.shape, generator=draw))
+            columns.data.copy_(float(own.std()) * torch.randn(columns.shape, generator=draw))
             self.ema["mmdit.context_embedder.weight"].copy_(weight)
 
     def _loss(self, index: int, progress: float) -> Tensor:
@@ -56,7 +56,7 @@ class AlignTask(TeacherTask):
         tokens = self._shortened(tokens, index, progress)
         places, tokens = self._places(tokens[:, T5]).to(self.device), tokens.to(self.device)
         embedder = self.model.mmdit.context_embedder
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             with torch.no_grad():
                 wanted = embedder(self.model.text(tokens[:, CLIP])[0]).float()
             said = embedder(modules.encode_t5(self.model.t5, tokens[:, T5])).float()

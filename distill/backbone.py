@@ -18,7 +18,7 @@ from .adversarial import tapped
 from .dropout import drop_encoders, emptied
 from .lora import add_lora, effective
 from .model import FlowModel
-from .optimize import HIDDEN
+from .optimize import HIDDEN, autocast
 
 TEACHER = None  # the network that every backbone has already
 
@@ -161,4 +161,4 @@ class Copies:
         return model
 
     def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.device)

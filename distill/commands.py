@@ -1,12 +1,14 @@
 """What `python -m distill` does once ComfyUI is importable; see `__main__` for the options."""
 
 import json
+import platform
 import statistics
 from argparse import Namespace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
+import torch
 from PIL import Image
 
 from ..host.learned import save_whole
@@ -111,9 +113,8 @@ def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
         state = kept.checkpoint(options.folder, name)
         _evaluate(name, state, options, dataset, options.steps, options.cfg, note)
         if options.sheet:
-            config = kept.checkpoint(options.folder, name)["config"]
-            sigmas, cfg = kept.schedule(config, options.steps)
-            model = kept.load_model(options.folder, name, dataset)
+            sigmas, cfg = kept.schedule(state["config"], options.steps)
+            model = kept.model_of(options.folder, state, dataset)
             path = options.folder / "sheets" / f"{name}-{len(sigmas) - 1}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(dataset.sheet(model, sigmas, options.cfg or cfg)).save(path)
@@ -175,14 +176,18 @@ def time(options: Namespace, dataset: Dataset) -> None:
         for name, models in zip(options.name, folders, strict=True):
             _export(name, models, options, dataset)
         drawn = dataset.through_host(folders, options.turns)
-    for name, seconds in zip(options.name, drawn, strict=True):
+    for name, taken in zip(options.name, drawn, strict=True):
+        seconds, sampling = zip(*taken, strict=True)
         row = {
             "name": name,
             "steps": len(kept.schedule(kept.checkpoint(options.folder, name)["config"])[0]) - 1,
             "seconds": round(statistics.median(seconds), 4),
+            "sampling": round(statistics.median(sampling), 4),
             "fastest": round(min(seconds), 4),
             "slowest": round(max(seconds), 4),
             "turns": options.turns,
+            "threads": torch.get_num_threads(),
+            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         }
         _note(options.folder / TIMES, row)
 

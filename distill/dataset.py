@@ -56,5 +56,6 @@ class Dataset(Protocol):
         """Write the model's GGUF files below `folder`; their paths. `file` is the model's own
         name, None for that of the model that ships."""
 
-    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[float]]:
-        """Seconds a picture by each folder's files, loaded and drawn by ComfyUI, in turns."""
+    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[tuple[float, float]]]:
+        """Seconds a picture by each folder's files, and those of them that sampling took; loaded
+        and drawn by ComfyUI, in turns."""

@@ -8,13 +8,12 @@ Only the T5 learns, so that the model, and students of it, draw by CLIP-L as bef
 none of flow matching's noise: it is the mean of all pictures of a caption, not one of them. Ours.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from .model import CLIP, LEFT_OUT, T5
-from .teacher import TeacherConfig, TeacherTask
+from .optimize import autocast
+from .teacher import TeacherConfig, TeacherTask, t5_alone
 
 
 class EitherTask(TeacherTask):
@@ -24,10 +23,7 @@ class EitherTask(TeacherTask):
     name = "either"
 
     def __init__(self, config: TeacherConfig, *args):
-        """Raises: ValueError for a model without T5."""
-        if not config.t5_pieces:
-            raise ValueError("the model has no T5 that could learn: set t5_pieces")
-        super().__init__(replace(config, learn="t5."), *args)
+        super().__init__(t5_alone(config), *args)
 
     def _loss(self, index: int, progress: float) -> Tensor:
         draw = torch.Generator().manual_seed(self.config.seed * 1_000_003 + index)
@@ -37,7 +33,7 @@ class EitherTask(TeacherTask):
         x, sigma, tokens = (t.to(self.device) for t in (x, sigma, tokens))
         alone = tokens.clone()
         alone[:, CLIP] = LEFT_OUT
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             with torch.no_grad():
                 aim = self.model(x, sigma, tokens[:, :T5]).float()
             return nn.functional.mse_loss(self.model(x, sigma, alone).float(), aim)

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..host.cpu import multiplies_bfloat16
+from .muon import Muon
+
 # Matrices that learn by Muon: attention and MLPs of the MMDiT and of the text models.
 HIDDEN = (".attn.", ".mlp.f", "encoder.layers", "SelfAttention.", "DenseReluDense.")
 
@@ -15,6 +18,14 @@ Adam = Callable[..., torch.optim.Optimizer]  # AdamW, or another that takes its 
 # Of bitsandbytes: 8-bit moments, and such as may lie in the CPU's memory.
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 ADAMS = ("adamw", *EIGHT_BIT)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Products in bfloat16, but float32 on a CPU that would have to emulate it, hundreds of times
+    as slowly.
+    """
+    fast = device.type != "cpu" or multiplies_bfloat16()
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def adam_of(name: str) -> Adam:
@@ -48,7 +59,6 @@ def build_optimizers(
     """Muon for the matrices whose name has one of `hidden_parts`, `adam` for all else.
 
     "peak" of a parameter group is its rate on the plateau.
-    Source: Jordan et al. 2024 (Muon); Liu et al. 2025 (arXiv 2502.16982) for the size of update.
     """
     hidden, rest = [], []
     for name, parameter in model.named_parameters():
@@ -57,13 +67,8 @@ def build_optimizers(
             (hidden if inside and rates.muon_rate else rest).append(parameter)
     optimizers = []
     if hidden:
-        muon = torch.optim.Muon(
-            [{"params": hidden, "peak": rates.muon_rate}],
-            lr=rates.muon_rate,
-            weight_decay=rates.decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-        optimizers.append(muon)
+        groups = [{"params": hidden, "peak": rates.muon_rate}]
+        optimizers.append(Muon(groups, lr=rates.muon_rate, weight_decay=rates.decay))
     if rest:
         groups = [{"params": rest, "peak": rates.adam_rate}]
         optimizers.append(adam(groups, lr=rates.adam_rate, betas=(0.9, 0.98), weight_decay=0.0))

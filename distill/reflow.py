@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..flow import sample_euler
 from .model import FlowModel
+from .optimize import autocast
 from .teacher import TeacherConfig, TeacherTask
 
 Mend = Callable[[Tensor], Tensor]
@@ -73,6 +74,6 @@ class ReflowTask(TeacherTask):
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             return x - sigma[:, None, None, None] * self.teacher(x, sigma, short).float()
 
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             latents = sample_euler(denoise, noise, self.sigmas)
         return mend(latents.cpu()), tokens

@@ -10,7 +10,7 @@ now and then, and in every step towards the end).
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..host import modules
 from .dropout import drop_encoders
 from .model import CLIP, START, T5, T5_END, FlowModel, ModelConfig, empty_prompt
-from .optimize import HIDDEN, average, build_optimizers, restore, set_rates, update, warm
+from .optimize import HIDDEN, autocast, average, build_optimizers, restore, set_rates, update, warm
 
 Batch = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -49,6 +49,20 @@ class TeacherConfig(ModelConfig):
     learn: str | tuple[str, ...] = ""  # how the names of what learns begin: "t5."; "" for all
     compiled: bool = False  # torch.compile the blocks: a fifth faster, needs a C++ compiler
     seed: int = 0
+
+
+def t5_alone(config: TeacherConfig) -> TeacherConfig:
+    """`config`, by which the T5 alone learns, from whole prompts. Raises: ValueError for one that
+    says otherwise.
+    """
+    if not config.t5_pieces:
+        raise ValueError("the model has no T5 that could learn: set t5_pieces")
+    if config.learn not in ("", "t5."):
+        raise ValueError(f"learn is {config.learn!r}, but here the T5 alone learns: leave it out")
+    for share in ("drop_clip", "drop_t5", "omit_t5"):
+        if getattr(config, share):
+            raise ValueError(f"{share} is not 0, but here the T5 learns from whole prompts")
+    return replace(config, learn="t5.")
 
 
 class TeacherTask:
@@ -112,7 +126,7 @@ class TeacherTask:
         tokens, known = (self._shortened(each, index, progress) for each in (tokens, known))
         x = torch.lerp(latents, noise, sigma[:, None, None, None])
         x, sigma, tokens, known = (t.to(self.device) for t in (x, sigma, tokens, known))
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with autocast(self.device):
             made = self.model(x, sigma, tokens, known).float()
             target = self._target((noise - latents).to(self.device), x, sigma, tokens, known)
         return nn.functional.mse_loss(made, target)

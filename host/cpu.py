@@ -5,7 +5,8 @@ BF16) multiplies bfloat16 matrices about four times as fast, and sums them in fl
 weight that is quantised, or stored in bfloat16, meets activations rounded to bfloat16, and the
 result returns to the activations' type, in which all the rest of the model is computed. Weights
 stored more finely (float16, float32) are multiplied as the host would, and so are small ones, where
-it would bring little: small models draw as their dequantised weights do.
+it would bring little: small models draw as their dequantised weights do, but that sums may run in
+another order (`multiply_packed`). On a CPU without such instructions all is float32.
 
 A VAE computes in bfloat16 throughout, as ComfyUI has it do on a GPU, and its convolutions find the
 channels side by side (torch's `channels_last`), as oneDNN wants them.
@@ -116,7 +117,9 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     if output is not None:
         output = output if bias is None else output + bias
         output = output if branch is None else branch.add(output, flat)
-    elif is_large(module) and multiplies_many(dtype := product_dtype(module, input)):
+    elif is_large(module) and multiplies_many(
+        blocks.shape, qtype, flat.shape[1], dtype := product_dtype(module, input)
+    ):
         factors = None if branch is None else branch.factors(tuple(weight.shape))
         if branch is not None and factors is None:
             return None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import GGUFError
 from .kernels import Fallback, find_kernels
-from .types import PLAIN_TYPES, QTYPES, find_type
+from .types import PLAIN_QTYPES, PLAIN_TYPES, QTYPES, find_type
 
 _CPU_TILE = 2**19  # weights: 2 MiB of float32; best of 2**14 … 2**24 for K-quants on one core
 _DEVICE_TILE = 2**24  # weights: 64 MiB of float32
@@ -110,30 +110,31 @@ def multiply_many(
     (rows, bytes of a row) uint8, quantised or of `dtype`. `factors`, as `low_rank_factors` gives
     them, are added to the matrix as a product.
     """
-    if torch.compiler.is_compiling() or not blocks.is_cpu or not multiplies_many(dtype):
+    if not blocks.is_cpu or not multiplies_many(blocks.shape, qtype, x.shape[1], dtype):
         return None
-    from . import numba_dequant, numba_linear
+    from . import numba_linear
 
-    block_size, type_size = GGML_QUANT_SIZES[qtype]
-    (rows, size), columns = blocks.shape, x.shape[1]
-    if (
-        qtype not in numba_dequant.COMPILED | {numba_linear.UNPACKED}
-        or columns % max(block_size, 32)
-        or rows % 16
-        or size != columns // block_size * type_size
-        or rows < 48 * torch.get_num_threads()
-    ):
-        return None
     return numba_linear.linear(blocks, qtype, x, bias, factors)
 
 
-def multiplies_many(dtype: torch.dtype) -> bool:
-    """Whether `multiply_many` has a kernel for products in `dtype` on this CPU."""
-    if _kernels("cpu") is None:
+def multiplies_many(
+    shape: Sequence[int], qtype: GGMLQuantizationType, columns: int, dtype: torch.dtype
+) -> bool:
+    """Whether `multiply_many` has a kernel on this CPU for blocks of `shape`, in `dtype`."""
+    if torch.compiler.is_compiling() or (kernels := _kernels("cpu")) is None:
         return False
     from . import numba_tile
 
-    return numba_tile.SUPPORTED and dtype == numba_tile.DTYPE
+    if not numba_tile.SUPPORTED or dtype != numba_tile.DTYPE:
+        return False
+    (rows, size), (block_size, type_size) = shape, GGML_QUANT_SIZES[qtype]
+    return (
+        qtype in kernels.COMPILED | {PLAIN_QTYPES[dtype]}
+        and not columns % max(block_size, 32)
+        and not rows % 16
+        and size == columns // block_size * type_size
+        and rows >= 48 * torch.get_num_threads()
+    )
 
 
 def low_rank_factors(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:

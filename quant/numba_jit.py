@@ -9,26 +9,27 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
+from numba.core.codegen import get_host_cpu_features
 
 f4, i4, u1 = np.float32, np.int32, np.uint8
 ZERO, ONE = f4(0.0), f4(1.0)
 TOO_LARGE = f4(2147483648.0)  # for int32
 _MAGIC, _HALF = f4(12582912.0), f4(0.5)
 
-# What the processor has, or what numba is told that it has.
-_TOLD = numba.config.CPU_FEATURES or ""
-FEATURES = {name[1:]: name[0] == "+" for name in _TOLD.split(",") if name}
-if not (_TOLD or numba.config.CPU_NAME):
-    FEATURES = dict(llvm.get_host_cpu_features())
+# What numba compiles for: what the processor has, or what it is told that one has.
+_LISTED = numba.config.CPU_FEATURES
+if _LISTED is None:
+    _LISTED = "" if numba.config.CPU_NAME else get_host_cpu_features()
+FEATURES = {name[1:]: name[0] == "+" for name in _LISTED.split(",") if name}
 
 # numba's cache notices when a kernel's own file changes, but not the files of what it calls, so an
 # update could leave old code in use; nor that the pack goes by another name (ComfyUI's and the
-# shell's differ), under which the old code finds nothing. It names its files by the functions'.
+# shell's differ), under which the old code finds nothing. It names its files by the functions'. Of
+# the processor it knows, but not which of its instructions our functions are made of.
 _FILES = sorted(Path(__file__).parent.glob("numba_*.py"))
-_SOURCES = [__name__.encode(), *(path.read_bytes() for path in _FILES)]
+_SOURCES = [__name__.encode(), str(FEATURES).encode(), *(path.read_bytes() for path in _FILES)]
 _DIGEST = hashlib.sha256(b"".join(_SOURCES)).hexdigest()[:12]
 
 

@@ -24,7 +24,7 @@ LowRank = tuple[Tensor, Tensor]
 UNPACKED = PLAIN_QTYPES[DTYPE]  # of a matrix as it is multiplied
 _STEP = 4 * LANES  # vectors that meet a tile at once
 _SLICE, _MOST = 48, 384  # rows: whole ROWS and whole LANES; so many of a tile, at the most
-_LARGEST = 2**20  # weights of a tile
+_LARGEST = 2**19 * NUMBERS  # weights of a tile: 2 MiB
 _DEPTH = 768  # numbers or pairs that meet before the next rows do: 192 KiB of _STEP vectors
 _NONE = np.empty(0, np.float32)
 _tile_1, _tile_2, _tile_3, _tile_4 = (make_tile(n, adds=True) for n in (1, 2, 3, 4))
@@ -95,9 +95,9 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
 
 def low_rank(up: Tensor, down: Tensor) -> LowRank:
     """up (rows, rank) and down (rank, columns), as the kernel reads them: of its type, the rank
-    filled up to whole 32 with zeros, and ROWS rows more than are there.
+    filled up with zeros to vectors of numbers or pairs, and ROWS rows more than are there.
     """
-    more = -up.shape[1] % 32
+    more = -up.shape[1] % (LANES * NUMBERS)
     up = pad(up.to(DTYPE), (0, more, 0, ROWS))
     return up.contiguous(), pad(down.to(DTYPE), (0, 0, 0, more + ROWS)).contiguous()
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from .errors import GGUFError
 from .header import DTYPES, MAX_DIMS
 from .reader import ORIG_SHAPE
-from .types import PLAIN_TYPES, find_type
+from .types import PLAIN_QTYPES, PLAIN_TYPES, find_type
 
 Blocks = Tensor | Callable[[], Tensor]
 NamedTensor = tuple[str, Tensor | tuple[Blocks, GGMLQuantizationType, Sequence[int]]]
@@ -37,7 +37,6 @@ NamedTensor = tuple[str, Tensor | tuple[Blocks, GGMLQuantizationType, Sequence[i
 _GGML_DIMS = 4  # GGML_MAX_DIMS of ggml.h
 _ORPHAN = re.compile(r"\.(\d+)-[0-9a-f]{8}\.tmp")  # the process that wrote it
 _ORPHAN_AGE = 60  # seconds since the last write; one that is written to is no orphan
-_QTYPES = {dtype: qtype for qtype, dtype in PLAIN_TYPES.items()}
 _VALUE_TYPES = {dtype: GGUFValueType(kind) for kind, dtype in DTYPES.items()}
 
 
@@ -113,9 +112,9 @@ def _entries(tensors: Iterable[NamedTensor]) -> list[_Entry]:
 
 def _entry(name: str, given: Tensor | tuple[Blocks, GGMLQuantizationType, Sequence[int]]) -> _Entry:
     if isinstance(given, Tensor):
-        if given.dtype not in _QTYPES:
+        if given.dtype not in PLAIN_QTYPES:
             raise GGUFError(f"tensor {name!r} is {given.dtype}, which GGUF does not store")
-        return _Entry(name, _QTYPES[given.dtype], tuple(given.shape), given)
+        return _Entry(name, PLAIN_QTYPES[given.dtype], tuple(given.shape), given)
     blocks, qtype, shape = given
     entry = _Entry(name, find_type(qtype), tuple(shape), blocks)
     block_size = GGML_QUANT_SIZES[entry.qtype][0]

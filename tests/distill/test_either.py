@@ -46,6 +46,15 @@ def test_nothing_but_the_t5_changes():
         assert torch.equal(value, start[name]) != name.startswith("t5."), name
 
 
-def test_a_model_without_t5_is_refused():
-    with pytest.raises(ValueError, match="no T5 that could learn"):
-        task(t5_pieces=0)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"t5_pieces": 0}, "no T5 that could learn"),
+        ({"learn": "mmdit."}, "learn is 'mmdit.', but here the T5 alone learns"),
+        ({"omit_t5": 0.5}, "omit_t5 is not 0"),
+        ({"drop_clip": 0.15}, "drop_clip is not 0"),
+    ],
+)
+def test_settings_that_teach_something_else_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        task(**changes)

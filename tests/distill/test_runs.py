@@ -50,7 +50,7 @@ class Toy:
 
     def through_host(self, folders, turns):
         assert all((folder / "drawn.gguf").exists() for folder in folders)
-        return [[2.0 + number, 9.0, 1.0] for number in range(len(folders))]
+        return [[(2.0 + n, 1.5), (9.0, 2.5), (1.0, 0.5)] for n in range(len(folders))]
 
     def shipped(self, name, config):
         torch.manual_seed(len(name))
@@ -208,10 +208,8 @@ def test_runs_are_timed_from_their_files(folder):
     given = Namespace(folder=folder, name=["teacher", "second"], turns=3, recipe="flash-8")
     commands.time(given, Toy())
     rows = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
-    assert [(row["name"], row["steps"], row["seconds"]) for row in rows] == [
-        ("teacher", 50, 2.0),
-        ("second", 4, 3.0),
-    ]
+    seen = [[row[key] for key in ("name", "steps", "seconds", "sampling")] for row in rows]
+    assert seen == [["teacher", 50, 2.0, 1.5], ["second", 4, 3.0, 1.5]]
 
 
 def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():

@@ -75,15 +75,19 @@ def test_says_of_each_claim_whether_it_holds(tmp_path):
         evaluation("split", 0.88, steps=2),
     ]
     log(tmp_path / "evaluations.jsonl", lines)
-    times = [{"name": "teacher", "steps": 50, "seconds": 1.9}]
-    log(tmp_path / "times.jsonl", [*times, {"name": "split", "steps": 4, "seconds": 0.1}])
+    times = [
+        {"name": "teacher", "steps": 50, "seconds": 1.9, "sampling": 1.7},
+        {"name": "split", "steps": 4, "seconds": 0.1, "sampling": 0.095},
+    ]
+    log(tmp_path / "times.jsonl", times)
     claims = page(tmp_path).split("## ")[1]
     assert "in 50 with CFG | 92.0 % | 93.0 % | no |" in claims
     assert "at least 90 % | 92.0 % | 90.0 % | yes |" in claims
     assert "0.95 of 4 steps | 88.0 % | 87.4 % | yes |" in claims
     assert "seconds a picture | 0.100 s | 0.106 s | yes |" in claims
+    assert "seconds of sampling alone | 0.095 s | 0.094 s | no |" in claims
     assert "less than with it | 92.0 % | 91.0 % | yes |" in claims
-    assert claims.count("| yes |") + claims.count("| no |") == 5  # of what was measured
+    assert claims.count("| yes |") + claims.count("| no |") == 6  # of what was measured
 
 
 def test_scores_are_compared_on_the_same_captions(tmp_path):

@@ -14,7 +14,7 @@ from fewstep.demo.shipped import MODELS
 from fewstep.host import cpu, loading
 from fewstep.host.layout import wrap
 from fewstep.host.ops import gguf_ops
-from fewstep.quant import dequantize
+from fewstep.quant import dequantize, multiplies_many
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_loading import sample
 from gguf import GGMLQuantizationType as T
@@ -33,6 +33,13 @@ def bfloat16(monkeypatch):
     monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(cpu, "LARGE_WEIGHT", 0)
     monkeypatch.setattr(cpu, "LARGE_QUERY", 0)
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """As on a CPU that does not multiply bfloat16, and as if the toys here were large."""
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu, "LARGE_WEIGHT", 0)
 
 
 def relative_error(value, truth):
@@ -58,6 +65,24 @@ def test_products_error_is_that_of_bfloat16(bfloat16, qtype, tokens):
     assert y.dtype == torch.float32 and torch.equal(linear(x), y)
     few = tokens == 1  # multiplied in float32
     assert relative_error(y, truth) < (1e-6 if few else ERROR)
+
+
+@pytest.mark.parametrize("memory", [0, 10**9])
+@pytest.mark.parametrize("tokens", [1, 5, 77])
+def test_products_in_float32(float32, tokens, memory):
+    """Where the CPU has a kernel for them, without unpacking the weight first."""
+    linear, weight, bias = layer(T.Q6_K)
+    linear.gguf_residency.budget = memory
+    x = torch.randn(1, tokens, 512, generator=torch.Generator().manual_seed(1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # to each belong whole tiles of rows
+    try:
+        y = linear(x)
+        there = multiplies_many((96, 420), T.Q6_K, 512, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    assert relative_error(y, x.double() @ weight.T + bias) < 1e-6
+    assert bool(linear.gguf_residency.scratch) == (tokens > 4 and not memory and not there)
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

@@ -11,6 +11,7 @@ from fewstep.host import loading, lora
 from fewstep.host.layout import is_gguf
 from fewstep.host.side_branch import side_branch
 from fewstep.tests.host import toys
+from fewstep.tests.host.test_cpu import float32  # noqa: F401  a fixture
 from fewstep.tests.host.test_loading import QKV, sample, weight
 
 CPU = torch.device("cpu")
@@ -58,6 +59,12 @@ def test_equals_the_lora_on_the_dequantised_model(exact, models):
     torch.testing.assert_close(drawn, sample(load(reference, low_rank())), **CLOSE)
     assert not torch.allclose(drawn, plain, atol=1e-2)
     assert is_gguf(weight(model)) and not model.backup  # nothing was written
+
+
+def test_equals_it_where_large_weights_are_multiplied_packed(float32, models):  # noqa: F811
+    model, reference = models
+    drawn = sample(load(model, low_rank()))
+    torch.testing.assert_close(drawn, sample(load(reference, low_rank())), **CLOSE)
 
 
 def test_bfloat16_products_err_no_more_with_a_lora_than_without(models):

@@ -14,7 +14,7 @@ from fewstep import run
 from fewstep.host import loading, residency
 from fewstep.host.layout import is_gguf
 from fewstep.tests.host import toys
-from fewstep.tests.host.test_cpu import bfloat16  # noqa: F401  a fixture
+from fewstep.tests.host.test_cpu import bfloat16, float32  # noqa: F401  fixtures
 from fewstep.tests.host.test_loading import sample
 from fewstep.tests.host.test_lora import load, lokr, low_rank
 
@@ -31,11 +31,11 @@ def kept_by(model):
     return model.model.diffusion_model.x_embedder.proj.gguf_residency
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["small", "float32", "bfloat16"])
 def products(request):
-    """What small weights are multiplied in, and large ones; see test_cpu.py."""
-    if request.param == "bfloat16":
-        request.getfixturevalue("bfloat16")
+    """How small weights are multiplied, and large ones; see test_cpu.py."""
+    if request.param != "small":
+        request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("memory", ["auto", "2 GB"])

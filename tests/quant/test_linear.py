@@ -11,7 +11,6 @@ from fewstep.quant import (
     QTYPES,
     dequantize,
     low_rank_factors,
-    multiplies_many,
     multiply_many,
 )
 from fewstep.tests.quant.test_dequant import random_blocks
@@ -19,7 +18,7 @@ from gguf import GGMLQuantizationType as T
 
 # Weights and vectors are each rounded once, by at most half an eps of a number, and by a quarter in
 # the mean; LoRA's inner numbers are rounded once more. The sums are in float32.
-DTYPE = torch.bfloat16 if multiplies_many(torch.bfloat16) else torch.float32
+DTYPE = pytest.importorskip("fewstep.quant.numba_tile").DTYPE
 ERROR = torch.finfo(DTYPE).eps / 2 + 1e-6
 
 
