@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
     for name, changes in (
         ("tuned", TUNED),
         ("trajectory", STUDENT),
-        ("match", ["batch=16", "samples=960", "proxy_warmup=10"]),
+        ("match", ["start=trajectory", "batch=16", "samples=960", "proxy_warmup=10"]),
     ):
         known = "teacher" if name == "tuned" else name
         runs.train_run(runs.read_run(name, known, changes), folder, dataset)
