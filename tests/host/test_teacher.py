@@ -13,6 +13,7 @@ from fewstep.demo.vae import DECODER_GAIN
 from fewstep.distill.guidance import GuidanceTask
 from fewstep.distill.loop import Budget, load_checkpoint, train
 from fewstep.distill.model import END, START, FlowModel, empty_prompt
+from fewstep.distill.optimize import autocast
 from fewstep.distill.reflow import ReflowTask
 from fewstep.distill.teacher import TeacherConfig, TeacherTask
 from fewstep.flow import sample_euler, uniform
@@ -203,7 +204,7 @@ def test_reflow_pairs_each_noise_with_what_the_teacher_makes_of_it(code):
         return x - sigma[:, None, None, None] * training.teacher(x, sigma, tokens).float()
 
     tokens = tokens[..., : TOY.short_context]
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast(torch.device("cpu")):
         made = sample_euler(denoise, noise, uniform(2, 2.0))
     latents, _, same, sigma = training._batch(3, torch.Generator())  # of two: number 1 again
     assert torch.equal(same, noise) and torch.equal(latents, mend(made))
