@@ -281,6 +281,10 @@ def page(folder: Path) -> str:
         raise ValueError(f"{folder} holds no {EVALUATIONS}: score a run first (eval)")
     evaluations, times = rows(folder / EVALUATIONS), rows(folder / TIMES)
     measured = rows(folder / NOISE)
+    processors = sorted(
+        {f"{t['processor']}, {t['threads']} threads" for t in times if "threads" in t}
+    )
+    on = f" Taken on {' and '.join(processors)}." if processors else ""
     return f"""# The miniature, distilled
 
 `python -m distill table` makes this page from the runs' own logs. Shares in % of captions that were
@@ -299,7 +303,7 @@ trajectory: stage 1, whose ways are straight and end at the right picture neares
 that are mended anew. match: stage 2. split: stage 3, merged.
 
 Without T5's tokens. A picture: seconds through ComfyUI, text, sampling and VAE, one at a time, the
-runs in turns (`python -m distill time`); sampling: those of them that depend on the steps.
+runs in turns (`python -m distill time`); sampling: those of them that depend on the steps.{on}
 
 {scores(evaluations, times)}
 
@@ -307,7 +311,8 @@ runs in turns (`python -m distill time`); sampling: those of them that depend on
 
 both: CLIP-L and T5; no t5, no clip: its tokens left out, as where it is not loaded; zero t5, zero
 clip: zeros for what it says. The T5 is the last that was made for the teacher (align-2, then
-either); students never saw it.
+either); students never saw it. The student's rows but the first are of the file that ships, in 6
+bits.
 
 {variants(evaluations, "encoders", "encoders")}
 

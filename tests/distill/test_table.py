@@ -31,7 +31,7 @@ def test_page_holds_every_run_ratio_and_noise(tmp_path):
     log(tmp_path / "match.jsonl", losses)
     text = page(tmp_path)
     half = " | ".join(["50.0"] * 6)
-    assert f"| match | 4 | 1 | {half} | 91.0 | 50.0 | 0.0100 |  | 30 |" in text
+    assert f"| match | 4 | 1 | {half} | 91.0 | 50.0 | 0.0100 |  |  | 30 |" in text
     assert "| split | 0.7 | 92.0 | 50.0 | 0.0100 | 30 |" in text
     assert "| match | shared | 0.9 | 412 | 16 |" in text
     assert "| match | 50 | 800 | 4 |" in text and "| evaluations |" not in text
@@ -118,4 +118,4 @@ def test_an_empty_log_gives_empty_tables(tmp_path):
     (tmp_path / "evaluations.jsonl").touch()
     lines = [line for line in page(tmp_path).splitlines() if line.startswith("|")]
     claimed = [line for line in lines if "|  |  | not measured |" in line]
-    assert len(claimed) == 10 and len(lines) == 16 + len(claimed)
+    assert len(claimed) == 11 and len(lines) == 16 + len(claimed)
