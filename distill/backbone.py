@@ -113,7 +113,7 @@ class Copies:
 
     @torch.no_grad()
     def _encode(self, tokens: Tensor) -> Text:
-        with self._autocast():
+        with autocast(self.device):
             return Text(*self.teacher.encode(tokens.to(self.device)))
 
     def join(self, first: Text, second: Text) -> Text:
@@ -130,7 +130,7 @@ class Copies:
         network = self.teacher.mmdit if network is TEACHER else network
         if frozen:
             network.requires_grad_(False)
-        with self._autocast():
+        with autocast(self.device):
             made = modules.velocity(network, x, sigma, *text).float()
         if frozen:
             network.requires_grad_(True)
@@ -159,6 +159,3 @@ class Copies:
         model = copy.deepcopy(self.teacher)
         model.mmdit.load_state_dict(weights)
         return model
-
-    def _autocast(self):
-        return autocast(self.device)

@@ -1,9 +1,5 @@
 """A quantised matrix times many vectors, LoRAs included, against float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from fewstep.quant import (
@@ -19,7 +15,7 @@ from gguf import GGMLQuantizationType as T
 # Weights and vectors are each rounded once, by at most half an eps of a number, and by a quarter in
 # the mean; LoRA's inner numbers are rounded once more. The sums are in float32.
 DTYPE = pytest.importorskip("fewstep.quant.numba_tile").DTYPE
-ERROR = torch.finfo(DTYPE).eps / 2 + 1e-6
+ERROR = max(torch.finfo(DTYPE).eps / 2, 1e-6)
 
 
 @pytest.fixture(autouse=True, params=[1, 2])
@@ -93,21 +89,6 @@ def test_nan_shows_and_stays_in_its_row():
     blocks[7, 208:210] = torch.tensor([0xFF, 0x7F], dtype=torch.uint8)
     got = product((blocks, qtype, weight), 20)
     assert got.isnan().any(0).nonzero().flatten().tolist() == [7]
-
-
-def test_as_a_cpu_without_avx_512():
-    """The whole of this file, where this CPU has more."""
-    pytest.importorskip("llvmlite")
-    import llvmlite.binding as llvm
-
-    has = dict(llvm.get_host_cpu_features())
-    if not (has.get("avx512f") and has.get("fma")):
-        pytest.skip("it has no more, or less")
-    told = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "not without_avx_512", __file__]
-    done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
-    assert "skipped" not in done.stdout
 
 
 def test_what_is_left_to_others():
