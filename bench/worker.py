@@ -5,6 +5,9 @@
     {"do": "loras", "count": 4}         -> {} from now on the model has so many rank-16 LoRAs
     {"do": "load_encoder", "file": …}   -> the same
     {"do": "encode", "tokens": 77}      -> the same, of encoding so many words
+    {"do": "load_encoders", "files": …} -> the same
+    {"do": "prompt", "text": …}         -> the same, of encoding it; "guided": and an empty one
+    {"do": "sample", "pixels": 256, "steps": 4, "cfg": 1} -> the same, of the prompt's latent
     {"do": "load_vae", "file": …}       -> the same
     {"do": "decode", "pixels": 256}     -> the same, of decoding a picture; "encode_picture": back
     {"do": "memory"}                    -> {"bytes"} at the most so far
@@ -171,6 +174,40 @@ class FewStep(Host):
 
     def make_vae(self, file: str):
         return self.loading.load_vae(file)
+
+    def load_encoders(self, files: list[str]) -> dict:
+        def run():
+            self.clip = self.loading.load_text_encoders(files)
+
+        return seconds(run)
+
+    def prompt(self, text: str, guided: bool) -> dict:
+        from fewstep.host.text import encode
+
+        def run():
+            with torch.inference_mode():
+                self.positive = encode(self.clip, text)
+                self.negative = encode(self.clip, "") if guided else None
+
+        return seconds(run)
+
+    def sample(self, pixels: int, steps: int, cfg: float) -> dict:
+        """From noise, in even steps with SD3's shift."""
+        from fewstep.flow import uniform
+        from fewstep.host import sampling
+
+        side = pixels // 8
+        latent = {"samples": torch.zeros(1, 16, side, side)}
+        euler, sigmas = sampling.make_sampler("euler", None), uniform(steps, 3.0)
+        told = (self.positive, self.negative, latent, 0, cfg, euler, sigmas)
+
+        def run():
+            with torch.inference_mode():
+                drawn = sampling.sample(self.model, *told)["samples"]
+            if not drawn.isfinite().all():
+                raise ValueError("the picture is not finite")
+
+        return seconds(run)
 
     def rates(self, weights: int, repeats: int, clock: str) -> dict:
         """Gel/s of dequantising to bfloat16 by type, and of copying float32 to bfloat16."""

@@ -18,6 +18,7 @@ CATEGORIES = (
     "attribute binding",
 )
 EVALUATIONS, NOISE, TIMES = "evaluations.jsonl", "noise.jsonl", "times.jsonl"  # in a folder of runs
+FULL_SIZE = "distilled-*.json"  # there too: what `python -m bench.distilled` measured
 TEACHER, STUDENT = "teacher", "split"  # runs that the paper's claims are about
 EITHER = "either"  # the teacher with a T5 that is enough alone; once adopted it is TEACHER
 FASTER = 18  # times, than the teacher
@@ -157,7 +158,29 @@ def lengths(folder: Path) -> str:
     return markdown(["run", "steps", "samples", "minutes"], lines)
 
 
-def claims(evaluations: list[dict], times: list[dict], measured: list[dict]) -> str:
+def full_size(folder: Path) -> list[tuple[str, float, float]]:
+    """(picture and device, student's, teacher's seconds a picture) of models in full size: medians
+    of the turns.
+    """
+    found = []
+    for path in sorted(folder.glob(FULL_SIZE)):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            seconds = {
+                name: statistics.median(sum(turn[name].values()) for turn in row["turns"])
+                for name in row["turns"][0]
+            }
+            what = f"{row['pixels']}², {result['setting']['device']}"
+            found.append((what, seconds["student"], seconds["teacher"]))
+    return found
+
+
+def claims(
+    evaluations: list[dict],
+    times: list[dict],
+    measured: list[dict],
+    sized: Sequence[tuple[str, float, float]] = (),
+) -> str:
     """What SD3.5-Flash claims, or FewStep sets out to reach, and whether these runs have it."""
 
     def score(name: str, steps: int, encoders: str = PLAIN, recipe: str | None = None) -> dict:
@@ -220,6 +243,16 @@ def claims(evaluations: list[dict], times: list[dict], measured: list[dict]) -> 
         ("6 bits, within 1 point of 16", *beside(six, sixteen, less=0.01), _reaches, "%"),
         faster("a picture", "seconds"),
         faster("of sampling alone", "sampling"),
+        *(
+            (
+                f"the same of models as large as SD3.5-Medium, a picture of {what}",
+                student_seconds,
+                teacher_seconds / FASTER,
+                lambda a, b: a <= b,
+                "s",
+            )
+            for what, student_seconds, teacher_seconds in sized
+        ),
         (
             "without T5, at most 5 points less than with it",
             *beside(student, score(STUDENT, 4, "both"), less=0.05),
@@ -294,7 +327,11 @@ features of the scene VAE.
 
 ## What holds
 
-{claims(evaluations, times, measured)}
+{claims(evaluations, times, measured, full_size(folder))}
+
+The miniature's VAE has four times the arithmetic of a call of its model, so that it is most of what
+a student's picture takes; in models of full size it is a tenth. What they take, with random weights
+and all parts: `python -m bench.distilled --out FOLDER`.
 
 ## Teacher and students
 

@@ -3,7 +3,7 @@
 from xml.etree import ElementTree
 
 import pytest
-from fewstep.bench import cache, chart, decode, encode, growth, table
+from fewstep.bench import cache, chart, decode, distilled, encode, growth, table
 
 TURNS = [
     {"fewstep": 1.0, "host": 3.0},
@@ -71,6 +71,24 @@ def test_report_of_a_vae():
     for row in (
         "| 512² | latent to picture | FewStep | 2.00 s |  |",
         "| 512² | latent to picture | ComfyUI, Load VAE | 9.00 s | 4.50 (4.50–4.50) |",
+    ):
+        assert row in text
+
+
+def test_report_of_a_student_and_its_teacher():
+    def spent(*seconds):
+        return dict(zip(distilled.PARTS, seconds, strict=True))
+
+    turns = [
+        {"teacher": spent(2.0, 90.0, 4.0), "student": spent(1.0, 3.0, 4.0)},
+        {"teacher": spent(2.0, 190.0, 8.0), "student": spent(1.0, 3.0, 6.0)},
+    ]
+    rows = [{"pixels": 512, "turns": turns}]
+    text = distilled.report({"setting": {"device": "cpu"}, "type": "Q6_K", "rows": rows})
+    for row in (
+        "| 512² | teacher | 50 | 4.5 | 2.00 s | 140.00 s | 6.00 s | 148.00 s "
+        "| 16.00 (12.00–20.00) |",
+        "| 512² | student | 4 | 1 | 1.00 s | 3.00 s | 5.00 s | 9.00 s |  |",
     ):
         assert row in text
 

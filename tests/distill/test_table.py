@@ -80,6 +80,9 @@ def test_says_of_each_claim_whether_it_holds(tmp_path):
         {"name": "split", "steps": 4, "seconds": 0.1, "sampling": 0.095},
     ]
     log(tmp_path / "times.jsonl", times)
+    turn = {"teacher": {"sampling": 1000, "VAE": 8}, "student": {"sampling": 40, "VAE": 8}}
+    sized = {"setting": {"device": "cpu"}, "rows": [{"pixels": 512, "turns": [turn]}]}
+    (tmp_path / "distilled-cpu.json").write_text(json.dumps(sized))
     claims = page(tmp_path).split("## ")[1]
     assert "in 50 with CFG | 92.0 % | 93.0 % | no |" in claims
     assert "at least 90 % | 92.0 % | 90.0 % | yes |" in claims
@@ -87,7 +90,8 @@ def test_says_of_each_claim_whether_it_holds(tmp_path):
     assert "seconds a picture | 0.100 s | 0.106 s | yes |" in claims
     assert "seconds of sampling alone | 0.095 s | 0.094 s | no |" in claims
     assert "less than with it | 92.0 % | 91.0 % | yes |" in claims
-    assert claims.count("| yes |") + claims.count("| no |") == 6  # of what was measured
+    assert "a picture of 512², cpu | 48.000 s | 56.000 s | yes |" in claims
+    assert claims.count("| yes |") + claims.count("| no |") == 7  # of what was measured
 
 
 def test_scores_are_compared_on_the_same_captions(tmp_path):
