@@ -9,7 +9,8 @@ it would bring little: small models draw as their dequantised weights do, but th
 another order (`multiply_packed`). On a CPU without such instructions all is float32.
 
 A VAE computes in bfloat16 throughout, as ComfyUI has it do on a GPU, and its convolutions find the
-channels side by side (torch's `channels_last`), as oneDNN wants them.
+channels side by side (torch's `channels_last`), as oneDNN wants them. On a CPU without bfloat16 its
+convolutions are float32's, by a kernel with a quarter of the products (`convolutions.py`).
 
 `--fp32-unet`, `--fp32-text-enc`, `--force-fp32`, or the node ModelComputeDtype, ask the host for
 float32: then all is computed as the host would, bit for bit. (The host itself sets a compute type,
@@ -55,11 +56,15 @@ def wants_float32(text_encoder: bool = False) -> bool:
     return args.force_fp32 or (args.fp32_text_enc if text_encoder else args.fp32_unet)
 
 
+def may_choose_for_vae() -> bool:
+    """Whether VAEs run on the CPU and no option of the host says in which type."""
+    told = args.fp16_vae or args.bf16_vae or args.fp32_vae or args.force_fp32
+    return comfy.model_management.is_device_cpu(comfy.model_management.vae_device()) and not told
+
+
 def vae_dtype() -> torch.dtype | None:
     """The type for a VAE to compute in; None: leave it to the host."""
-    told = args.fp16_vae or args.bf16_vae or args.fp32_vae or args.force_fp32
-    on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.vae_device())
-    return torch.bfloat16 if on_cpu and not told and multiplies_bfloat16() else None
+    return torch.bfloat16 if may_choose_for_vae() and multiplies_bfloat16() else None
 
 
 def channels_last(module: torch.nn.Module) -> None:

@@ -12,7 +12,14 @@ import torch
 
 from ..flow import preset_from_metadata
 from . import t5, vocabulary
-from .cpu import channels_last, use_fast_attention, vae_dtype, wants_float32
+from .convolutions import use_fast_convolutions
+from .cpu import (
+    channels_last,
+    may_choose_for_vae,
+    use_fast_attention,
+    vae_dtype,
+    wants_float32,
+)
 from .files import (
     adopt_fp8,
     check_finite,
@@ -143,7 +150,8 @@ def _text_encoder_patcher(*args, disable_dynamic=False):
 
 def load_vae(path: str):
     """-> VAE. A VAE is small and its convolutions run often, so its weights are dequantised. On a
-    CPU with bfloat16 it computes in that (`cpu.vae_dtype`), if the host knows that it can.
+    CPU with bfloat16 it computes in that (`cpu.vae_dtype`), if the host knows that it can; on
+    others its convolutions run faster than the host's.
 
     Raises: ValueError (GGUFError) naming the file and the remedy.
     """
@@ -159,6 +167,8 @@ def load_vae(path: str):
         channels_last(vae.first_stage_model)
     elif dtype is not None:  # such as of sound; the host knows only of one that it has built
         vae = _host_vae(path, sd=weights, metadata=texts(metadata))
+    if may_choose_for_vae() and vae.vae_dtype == torch.float32:
+        use_fast_convolutions(vae.first_stage_model)
     return vae
 
 

@@ -1,6 +1,7 @@
 """GGUF files and their block formats, in torch, without ComfyUI."""
 
 from .attention import attend
+from .convolution import Convolution, convolves
 from .dequant import (
     dequantize,
     dequantize_rows,
@@ -20,11 +21,13 @@ __all__ = [
     "PLAIN_QTYPES",
     "PLAIN_TYPES",
     "QTYPES",
+    "Convolution",
     "GGUFError",
     "GGUFFile",
     "QType",
     "TensorInfo",
     "attend",
+    "convolves",
     "dequantize",
     "dequantize_rows",
     "low_rank_factors",

@@ -11,10 +11,11 @@ from comfy.ldm.modules.attention import attention_sub_quad
 from comfy.ldm.wan.vae import WanVAE
 from fewstep.demo.export import FILES
 from fewstep.demo.shipped import MODELS
-from fewstep.host import cpu, loading
-from fewstep.host.layout import wrap
+from fewstep.host import convolutions, cpu, loading
+from fewstep.host.files import read
+from fewstep.host.layout import dense, wrap
 from fewstep.host.ops import gguf_ops
-from fewstep.quant import dequantize, multiplies_many
+from fewstep.quant import convolves, dequantize, multiplies_many
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_loading import sample
 from gguf import GGMLQuantizationType as T
@@ -263,9 +264,35 @@ def test_a_vae_that_has_no_bfloat16_stays_as_the_host_has_it(bfloat16, monkeypat
     assert {p.dtype for p in vae.first_stage_model.parameters()} == {torch.float32}
 
 
-def test_a_cpu_without_bfloat16_leaves_a_vae_to_the_host(monkeypatch, vae_files):
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
-    assert loading.load_vae(vae_files[4]).vae_dtype == torch.float32
+@pytest.mark.parametrize("dimensions", [4, 5])
+def test_a_cpu_without_bfloat16_decodes_as_the_host_does(float32, vae_files, dimensions):
+    vae = loading.load_vae(vae_files[dimensions])
+    assert {p.dtype for p in vae.first_stage_model.parameters()} == {torch.float32}
+    shape = (1, 16, 8, 12) if dimensions == 4 else (1, 16, 2, 8, 12)
+    latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    drawn, truth = vae.decode(latent), host_vae(vae_files[dimensions]).decode(latent)
+    torch.testing.assert_close(drawn, truth, atol=1e-4, rtol=0)  # a fortieth of a grey level
+    picture = torch.rand(drawn.shape[-4:], generator=torch.Generator().manual_seed(0))
+    read, truth = vae.encode(picture), host_vae(vae_files[dimensions]).encode(picture)
+    torch.testing.assert_close(read, truth, atol=1e-3, rtol=1e-3)
+    fast = [m for m in vae.first_stage_model.modules() if isinstance(m, convolutions._Faster)]
+    assert bool(fast) == convolves(torch.zeros(64, 64, 3, 3))
+
+
+def host_vae(path):
+    return comfy.sd.VAE(sd={name: dense(tensor) for name, tensor in read(path)[0].items()})
+
+
+def test_a_vae_whose_padding_a_node_sets_draws_with_it(float32, vae_files):
+    """As nodes for seamless pictures do, after loading."""
+    pictures = []
+    for vae in (loading.load_vae(vae_files[4]), host_vae(vae_files[4])):
+        for module in vae.first_stage_model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.padding_mode = "circular"
+                module._reversed_padding_repeated_twice = (1, 1, 1, 1)
+        pictures.append(vae.decode(torch.ones(1, 16, 8, 8)))
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)
 
 
 def test_says_once_what_the_cpu_can_do(caplog):
