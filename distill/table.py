@@ -329,9 +329,9 @@ features of the scene VAE.
 
 {claims(evaluations, times, measured, full_size(folder))}
 
-The miniature's VAE has four times the arithmetic of a call of its model, so that it is most of what
-a student's picture takes; in models of full size it is a tenth. What they take, with random weights
-and all parts: `python -m bench.distilled --out FOLDER`.
+A picture is text, sampling and VAE, and only sampling is shortened. The miniature's VAE has four
+times the arithmetic of a call of its model, SD3's about that of one call of SD3.5-Medium; what a
+model of that size takes, its weights random, `python -m bench.distilled --out FOLDER` measures.
 
 ## Teacher and students
 

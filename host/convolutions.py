@@ -27,12 +27,12 @@ def use_fast_convolutions(network: torch.nn.Module) -> None:
     """
     found = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
     faster = {module for module in found if convolves(module.weight)}
-    shared = {"convolution": Convolution()}
+    own = {"convolution": Convolution()}
+    kinds = {kind: type(kind.__name__, (_Faster, kind), own) for kind in set(map(type, faster))}
     for module in found if faster else ():
         weight = module.weight.data
         if module in faster:
-            kind = type(module)
-            module.__class__ = type(kind.__name__, (_Faster, kind), shared)
+            module.__class__ = kinds[type(module)]
             weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
         else:
             weight = weight.contiguous(memory_format=torch.channels_last)
