@@ -348,8 +348,7 @@ runs in turns (`python -m distill time`); sampling: those of them that depend on
 
 both: CLIP-L and T5; no t5, no clip: its tokens left out, as where it is not loaded; zero t5, zero
 clip: zeros for what it says. The T5 is the last that was made for the teacher (align-2, then
-either); students never saw it. The student's rows but the first are of the file that ships, in 6
-bits.
+either); students never saw it. The student's rows are of the file that ships, in 6 bits.
 
 {variants(evaluations, "encoders", "encoders")}
 
