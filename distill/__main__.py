@@ -55,10 +55,11 @@ def parse_arguments() -> argparse.Namespace:
             required=name == "style",
             help="JSON file, or one of distill/configs",
         )
-        stage.add_argument("--name", help="of the run; default the configuration's")
+        stage.add_argument("--name", type=run_name, help="of the run; default the configuration's")
         stage.add_argument(
             "--set",
             nargs="+",
+            action="extend",
             default=[],
             metavar="KEY=VALUE",
             help="settings other than the configuration's",
@@ -71,15 +72,15 @@ def parse_arguments() -> argparse.Namespace:
             add_model_options(stage)
     merge = commands.add_parser("merge", help="merge the branches, at the ratio that scores best")
     merge.add_argument("--config", default="split")
-    merge.add_argument("--name", help="of the run; default the configuration's")
-    merge.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    merge.add_argument("--name", type=run_name, help="of the run; default the configuration's")
+    merge.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
     adopt = commands.add_parser("adopt", help="a model that ships, as a run to start from or score")
-    adopt.add_argument("name", help="of the run to write")
+    adopt.add_argument("name", type=run_name, help="of the run to write")
     shipped = ("fewstep-teacher", "fewstep-demo")
     adopt.add_argument("--shipped", default=shipped[0], choices=shipped, help="default the teacher")
     adopt.add_argument("--config", default="teacher", help="of its sizes; default teacher")
-    adopt.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE")
+    adopt.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")
     evaluate.add_argument("name", nargs="+", help="of runs")
     evaluate.add_argument(
@@ -104,8 +105,8 @@ def parse_arguments() -> argparse.Namespace:
     noise = commands.add_parser("noise", help="how noisy the gradient of stage 2 is")
     noise.add_argument("name", nargs="+", help="of runs, shared and random")
     noise.add_argument("--batches", type=at_least(2), default=16, help="default 16")
-    table = commands.add_parser("table", help="docs/distilled.md from the folder's logs")
-    table.add_argument("--docs", default=run.ROOT / "docs", type=Path, help="folder to write to")
+    table = commands.add_parser("table", help="a page, distilled.md, from the folder's logs")
+    table.add_argument("--docs", type=Path, help="folder to write to; default beside the logs")
     for command in (merge, evaluate):
         command.add_argument("--captions", type=at_least(12), default=1000, help="default 1000")
         command.add_argument(
@@ -127,7 +128,7 @@ def add_model_options(stage: argparse.ArgumentParser) -> None:
         "a LoRA of any flow model", "--set then sets fields of distill/few_step_lora.py's Plan"
     )
     group.add_argument("--model", type=Path, help="GGUF or safetensors file; the teacher")
-    group.add_argument("--text-encoder", type=Path, nargs="+", metavar="FILE")
+    group.add_argument("--text-encoder", type=Path, nargs="+", action="extend", metavar="FILE")
     group.add_argument("--clip-type", default="sd3", help="as in ComfyUI's loaders; default sd3")
     group.add_argument("--vae", type=Path, help="file; for --images")
     group.add_argument("--images", type=Path, help="folder of pictures, captions in .txt beside")
@@ -137,6 +138,12 @@ def add_model_options(stage: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--negative", default="", help="prompt that guidance leads away from")
     group.add_argument("--start", type=Path, help="LoRA file to go on from, of the same rank")
+
+
+def run_name(text: str) -> str:
+    if not text or Path(text).name != text or "\\" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a run: one without slashes is")
+    return text
 
 
 def main() -> int:

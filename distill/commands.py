@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ..host.learned import save_whole
+from ..host.training import check_memory
 from . import kept, runs
 from .dataset import Dataset
 from .loop import Task, save_atomically
@@ -51,30 +52,46 @@ def _train(run: Run, options: Namespace, dataset: Dataset) -> None:
 
 
 def dry_run(run: Run, folder: Path, dataset: Dataset, device: str) -> str:
-    """A line for each setting, then what one step says of memory and time; nothing is saved."""
+    """A line for each setting, then what some steps say of memory and time; nothing is saved.
+
+    Raises: ValueError with an estimate where there is too little memory.
+    """
     task = runs.build(run, folder, dataset, device)
+    needed = runs.memory_of(task, dataset)
+    check_memory(needed, torch.device(device))
     with TemporaryDirectory() as passing:
         if run.stage == "trajectory":
             task.folder = Path(passing)
-        loss, seconds = two_steps(task)
+        loss, told = two_steps(task, -(-run.samples // task.batch))
     size = sum(value.nbytes for value in _tensors(task.state_dict()))
-    needed = runs.memory_of(task, dataset)
-    steps = -(-run.samples // task.batch)
     lines = [f"{key}: {value}" for key, value in run.described().items()]
     lines += [
-        f"loss {loss:.4f}; {steps} steps of {task.batch} samples, {seconds:.2f} s each",
-        f"about {steps * seconds / 60:.0f} minutes, {needed / 1e9:.1f} GB of memory beside the "
-        f"weights, and {size / 1e6:.0f} MB on disk",
+        f"loss {loss:.4f}; {told}",
+        f"{needed / 1e9:.1f} GB of memory beside the weights, and {size / 1e6:.0f} MB on disk",
     ]
     return "\n".join(lines)
 
 
-def two_steps(task: Task) -> tuple[float, float]:
-    """Loss and seconds of the second step, in which what is needed but once is not timed."""
+def two_steps(task: Task, steps: int) -> tuple[float, str]:
+    """Loss of the second step, in which what is needed but once is not timed; and what is said of
+    the time that `steps` take. Batches that are seen again take longer when they are first made.
+    """
     waits = getattr(task, "waits", 0)  # steps in which the student itself does not learn yet
     task.step(waits, 0.0)
+    loss, seconds = _timed(task, waits + 1)
+    made = min(getattr(getattr(task, "config", None), "batches", steps), steps)
+    told, total = f"{seconds:.2f} s each", steps * seconds
+    if made < steps:
+        _, again = _timed(task, waits + 1)
+        told = f"{seconds:.2f} s each of the first {made}, then {again:.2f} s"
+        total = made * seconds + (steps - made) * again
+    return loss, f"{steps} steps of {task.batch} samples, {told}: about {total / 60:.0f} minutes"
+
+
+def _timed(task: Task, index: int) -> tuple[float, float]:
+    """Loss and seconds of a step."""
     start = perf_counter()
-    loss = float(task.step(waits + 1, 0.0))
+    loss = float(task.step(index, 0.0))
     return loss, perf_counter() - start
 
 
@@ -210,10 +227,11 @@ def noise(options: Namespace, dataset: Dataset) -> None:
 
 
 def table(options: Namespace, dataset: Dataset) -> None:
-    """Write docs/distilled.md from what the folder's runs have logged."""
-    text = page(options.folder)
-    options.docs.mkdir(parents=True, exist_ok=True)
-    (options.docs / "distilled.md").write_text(text, encoding="utf-8")
+    """Write distilled.md from what the folder's runs have logged."""
+    text, folder = page(options.folder), options.docs or options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "distilled.md").write_text(text, encoding="utf-8")
+    print(folder / "distilled.md")
 
 
 def _note(path: Path, row: dict) -> None:

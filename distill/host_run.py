@@ -72,11 +72,8 @@ def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | Non
         task = build(plan, backbone, latents, states, start, together, origin)
         if options.dry_run:
             print("\n".join(f"{key}: {value}" for key, value in asdict(plan).items()))
-            loss, seconds = two_steps(task)
-            print(
-                f"loss {loss:.4f}; {plan.steps} steps of {plan.batch} samples, {seconds:.1f} s "
-                f"each: about {plan.steps * seconds / 60:.0f} minutes"
-            )
+            loss, told = two_steps(task, plan.steps)
+            print(f"loss {loss:.4f}; {told}")
             return None
         # one of several processes cannot draw alone with what all share
         drawn = sketched(backbone.model) and together.count == 1

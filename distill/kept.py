@@ -21,11 +21,18 @@ TEACHER_STEPS, SHIFT, GUIDANCE = 50, 3.0, 2.0  # with which a teacher is drawn
 
 
 def checkpoint(folder: Path, name: str) -> dict:
-    """A run's. Raises: FileNotFoundError; ValueError naming averaged weights with NaN in them."""
+    """A run's. Raises: FileNotFoundError; ValueError for another file, or naming averaged weights
+    with NaN in them.
+    """
     path = folder / f"{name}.pt"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: train the run {name} first")
+        raise FileNotFoundError(
+            f"{path} is missing: train the run {name} first, or adopt one of that name, or start "
+            "from another by --set start=NAME"
+        )
     state = load_checkpoint(path)
+    if not isinstance(state.get("task"), dict) or "stage" not in state.get("config", {}):
+        raise ValueError(f"{path} is no checkpoint of a run of the miniature: name another run")
     for kept in ("weights", "ema"):
         for weight, tensor in state["task"].get(kept, {}).items():
             if not is_finite(tensor):

@@ -9,8 +9,11 @@ import logging
 import math
 import os
 import pickle
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +24,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 LOG_STEPS = 25
+FIRST = 5  # steps that are told one by one: the first of a large batch take minutes
 LOST_GRADIENTS = 25  # in a row, that are not finite, before a training counts as diverged
 # Settings that a training may go on with changed: its end, and its rates.
 FREE = ("steps", "muon_rate", "adam_rate", "proxy_rate", "head_rate", "rate")
@@ -132,6 +136,29 @@ def check_config(path: Path, made: dict, asked: dict, free: Sequence[str] = ()) 
         )
 
 
+@contextmanager
+def _interrupts() -> Iterator[list]:
+    """A list that holds something once Ctrl-C was pressed; pressed again, it interrupts. In a
+    thread, or one of several processes, which have to stop at the same step, it does at once.
+    """
+    pressed, before = [], signal.getsignal(signal.SIGINT)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not alone or threading.current_thread() is not threading.main_thread() or before is None:
+        yield pressed
+        return
+
+    def note(*_) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+        log.info("stopping after the next step, which the state is kept for; again: at once")
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train(
     task: Task,
     path: Path,
@@ -149,8 +176,15 @@ def train(
     A state is kept once the loss of the next step is finite: one that a step too large has broken
     never takes the place of the one before.
     Raises TrainingDiverged, naming the step, as soon as a loss is not finite, or when gradients
-    have not been for LOST_GRADIENTS steps; ValueError for a checkpoint of another configuration.
+    have not been for LOST_GRADIENTS steps; ValueError for a checkpoint of another configuration;
+    KeyboardInterrupt after Ctrl-C, once the state is kept.
     """
+    with _interrupts() as pressed:
+        return _train(task, path, budget, save_seconds, config, watch, writes, pressed)
+
+
+def _train(task, path, budget, save_seconds, config, watch, writes, pressed) -> Done:
+    """See `train`."""
     done, config = Done(), config or {}
     if path.exists():
         state = load_checkpoint(path)
@@ -162,7 +196,7 @@ def train(
             raise ValueError(f"{path} is no checkpoint of this training: delete it") from error
         log.info("%s: going on at step %d from %s", task.name, done.steps, path)
     start, saved, losses, lost = time.monotonic() - done.seconds, done.seconds, [], 0
-    began, written = done.steps, None
+    began, written, stopping = done.steps, None, False
 
     def save() -> Path | None:
         if not writes:
@@ -185,6 +219,8 @@ def train(
                     written = None
                 raise TrainingDiverged(_diverged(task, losses[-1], done.steps, began, path))
             keep()
+            if stopping:
+                raise KeyboardInterrupt
             gradient = float(getattr(task, "metrics", {}).get("gradient", 0.0))
             lost = 0 if math.isfinite(gradient) else lost + 1
             if lost == LOST_GRADIENTS:  # which changed nothing
@@ -196,6 +232,8 @@ def train(
                 )
             done.steps, done.samples = done.steps + 1, done.samples + task.batch
             done.seconds = time.monotonic() - start
+            if done.steps - began <= FIRST:
+                log.info("%s: step %d loss %.4f", task.name, done.steps, losses[-1])
             if done.steps % LOG_STEPS == 0:
                 mean = torch.stack(losses).mean().item()
                 rate = done.samples / done.seconds
@@ -203,7 +241,8 @@ def train(
                 losses.clear()
                 if watch is not None and writes:
                     watch(done, mean)
-            if done.seconds - saved > save_seconds or budget.progress(done) >= 1:
+            stopping = bool(pressed)
+            if stopping or done.seconds - saved > save_seconds or budget.progress(done) >= 1:
                 written, saved = save(), done.seconds
     finally:
         keep()

@@ -24,6 +24,17 @@ EITHER = "either"  # the teacher with a T5 that is enough alone; once adopted it
 FASTER = 18  # times, than the teacher
 SEEDS = 3  # of either way of re-noising, before one is called better
 PLAIN = "no t5"  # the encoders with which runs are compared
+_SCORED = (
+    "name",
+    "steps",
+    "cfg",
+    "encoders",
+    "captions",
+    *CATEGORIES,
+    "overall",
+    "right",
+    "frechet",
+)
 _SAME = ("name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "renoise", "sigma")
 
 
@@ -34,7 +45,7 @@ def rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             lines.append(dict(json.loads(line)))
         except (ValueError, TypeError) as error:
@@ -313,6 +324,10 @@ def page(folder: Path) -> str:
     if not (folder / EVALUATIONS).exists():
         raise ValueError(f"{folder} holds no {EVALUATIONS}: score a run first (eval)")
     evaluations, times = rows(folder / EVALUATIONS), rows(folder / TIMES)
+    for row in evaluations:
+        if lacking := [key for key in _SCORED if key not in row]:
+            said = f"{folder / EVALUATIONS}: a line lacks {', '.join(lacking)}: delete it"
+            raise ValueError(f"{said} ({json.dumps(row)[:80]})")
     measured = rows(folder / NOISE)
     processors = sorted(
         {f"{t['processor']}, {t['threads']} threads" for t in times if "threads" in t}

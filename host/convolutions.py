@@ -5,7 +5,7 @@ import torch
 from ..quant import Convolution, convolves
 
 
-class _Faster(torch.nn.Conv2d):
+class _ByKernel(torch.nn.Conv2d):
     """What a convolution of the host's becomes."""
 
     convolution: Convolution
@@ -22,18 +22,12 @@ class _Faster(torch.nn.Conv2d):
 
 def use_fast_convolutions(network: torch.nn.Module) -> None:
     """Let the 3×3 convolutions of `network`, whose weights are loaded, run by our kernel, if there
-    is one: their weights are laid out as it reads them, and those of the others so that all between
-    them has its channels side by side in memory.
+    is one.
     """
-    found = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d)]
-    faster = {module for module in found if convolves(module.weight)}
-    own = {"convolution": Convolution()}
-    kinds = {kind: type(kind.__name__, (_Faster, kind), own) for kind in set(map(type, faster))}
-    for module in found if faster else ():
-        weight = module.weight.data
-        if module in faster:
-            module.__class__ = kinds[type(module)]
-            weight = weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-        else:
-            weight = weight.contiguous(memory_format=torch.channels_last)
-        module.weight.data = weight
+    own, classes = {"convolution": Convolution()}, {}
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and convolves(module.weight):
+            kind = type(module)
+            if kind not in classes:
+                classes[kind] = type(kind.__name__, (_ByKernel, kind), own)
+            module.__class__ = classes[kind]

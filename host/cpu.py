@@ -75,6 +75,13 @@ def channels_last(module: torch.nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() in layouts:
             parameter.data = parameter.data.contiguous(memory_format=layouts[parameter.dim()])
+    module.register_state_dict_post_hook(_plainly)
+
+
+def _plainly(_module, state_dict, *_) -> None:
+    """What is saved of a module lies as safetensors wants it."""
+    for name, tensor in state_dict.items():
+        state_dict[name] = tensor.contiguous()
 
 
 def may_choose(module: torch.nn.Module, input: torch.Tensor) -> bool:

@@ -154,21 +154,22 @@ def tiles(x: Tensor) -> int:
     return len(x) * -(-x.shape[2] // _OUT) * -(-x.shape[3] // _OUT)
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, room: Tensor) -> Tensor:
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, filters: Tensor) -> Tensor:
     """x (pictures, channels, height, width) with weight (outputs, channels, 3, 3), padded by one.
 
-    float32 on the CPU; channels and outputs are whole sixteens. room: 36 · channels · outputs
-    float32, for the turned filters. The result's channels lie side by side, as `channels_last`.
+    float32 on the CPU; channels and outputs are whole sixteens. filters: memory for the turned
+    ones, 36 · channels · outputs float32. The result's channels lie side by side, as
+    `channels_last`.
     """
     (pictures, channels, height, width), outputs = x.shape, len(weight)
     given = x.detach().permute(0, 2, 3, 1).contiguous().view(-1).numpy()
-    filters = weight.detach().permute(2, 3, 1, 0).contiguous().view(-1).numpy()
+    plain = weight.detach().permute(2, 3, 1, 0).contiguous().view(-1).numpy()
     added = x.new_zeros(outputs) if bias is None else bias.detach()
-    out, panels = x.new_empty(pictures, height, width, outputs), room.numpy()
+    out, panels = x.new_empty(pictures, height, width, outputs), filters.numpy()
     arrays = panels, outputs, added.contiguous().numpy(), out.view(-1).numpy()
 
     def turn(first: int, end: int) -> None:
-        _turn_filters(filters, channels, outputs, first, end, panels)
+        _turn_filters(plain, channels, outputs, first, end, panels)
 
     def work(first: int, end: int) -> None:
         _convolve(given, height, width, channels, *arrays, first, end)

@@ -35,10 +35,10 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 def in_threads(work: Callable[[int, int], Result], n: int, size: int) -> list[Result]:
     """What work(first, end) returns for the parts of 0 … n, things of `size` numbers each.
 
-    As many parts as torch has threads; one within `in_order`. What `work` calls should let go of
-    the GIL. Raises: what the first part that failed raised.
+    As many parts as torch has threads, none of them empty; one within `in_order`. What `work` calls
+    should let go of the GIL. Raises: what the first part that failed raised.
     """
-    threads = max(1, min(torch.get_num_threads(), n * size // _LEAST))
+    threads = max(1, min(torch.get_num_threads(), n, n * size // _LEAST))
     if threads == 1 or getattr(_ours, "working", False):
         return [work(0, n)]
     bounds = [n * i // threads for i in range(threads + 1)]

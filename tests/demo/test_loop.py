@@ -2,6 +2,7 @@
 
 import io
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,45 @@ def test_goes_on_to_the_very_same_weights(tmp_path):
     assert second.seen == whole.seen[6:]  # the state before step 7 has not proved good
     assert torch.equal(second.weight, whole.weight)
     assert (done.steps, done.samples) == (20, 40)
+
+
+class Pressed(Slope):
+    """Ctrl-C is pressed in each of these steps."""
+
+    def __init__(self, *presses, **options):
+        super().__init__(**options)
+        self.presses = presses
+
+    def step(self, index, progress):
+        if index in self.presses:
+            signal.raise_signal(signal.SIGINT)
+        return super().step(index, progress)
+
+
+def test_ctrl_c_ends_a_training_once_its_state_is_kept(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    whole, first, second = Slope(), Pressed(4), Slope()
+    train(whole, tmp_path / "whole.pt", Budget(samples=40))
+    with pytest.raises(KeyboardInterrupt):
+        train(first, tmp_path / "cut.pt", Budget(samples=40))
+    assert len(first.seen) == 6  # the step after has proved it good
+    assert signal.getsignal(signal.SIGINT) == before
+    train(second, tmp_path / "cut.pt", Budget(samples=40))
+    assert second.seen == whole.seen[5:] and torch.equal(second.weight, whole.weight)
+
+
+def test_ctrl_c_again_ends_it_at_once(tmp_path):
+    task = Pressed(4, 5)
+    with pytest.raises(KeyboardInterrupt):
+        train(task, tmp_path / "cut.pt", Budget(samples=40))
+    assert len(task.seen) == 5
+    assert load_checkpoint(tmp_path / "cut.pt")["done"]["steps"] == 5
+
+
+def test_a_state_that_the_step_after_finds_broken_is_not_kept_at_ctrl_c(tmp_path):
+    with pytest.raises(TrainingDiverged):
+        train(Pressed(4, breaks=5), tmp_path / "cut.pt", Budget(samples=40))
+    assert not (tmp_path / "cut.pt").exists()
 
 
 def test_names_the_step_of_a_nan_and_keeps_the_last_good_state(tmp_path):

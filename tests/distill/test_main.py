@@ -33,3 +33,13 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, arguments, environment, tol
     assert last.startswith("python -m distill: ") and told in last
     assert "Traceback" not in said.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path):
+    said = distill("match", "--name", "../other", "--folder", tmp_path)
+    assert said.returncode == 2 and "'../other' is no name of a run" in said.stderr
+
+
+def test_settings_add_up_over_several_options(tmp_path):
+    said = distill("match", "--set", "nothing=2", "--set", "seed=1", "--folder", tmp_path)
+    assert said.returncode == 1 and "nothing" in said.stderr.splitlines()[-1]

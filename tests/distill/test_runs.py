@@ -454,6 +454,9 @@ def test_names_what_is_missing(folder):
         runs.read_run("nothing")
     with pytest.raises(FileNotFoundError, match="train the run teacher first"):
         commands.train(options(folder, "second", "match"), Toy())
+    torch.save({"task": {}, "config": {"rank": 4}}, folder / "lora.pt")  # of a --model
+    with pytest.raises(ValueError, match=r"lora\.pt is no checkpoint of a run of the miniature"):
+        kept.checkpoint(folder, "lora")
 
 
 class Empty(Toy):

@@ -116,6 +116,12 @@ def test_a_folder_without_scores_and_a_broken_log_are_told(tmp_path):
     (tmp_path / "evaluations.jsonl").write_text('{"name": "a"}\n{"name": ')
     with pytest.raises(ValueError, match=r"evaluations\.jsonl, line 2, is no JSON object"):
         page(tmp_path)
+    (tmp_path / "evaluations.jsonl").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"evaluations\.jsonl, line 1, is no JSON object"):
+        page(tmp_path)
+    (tmp_path / "evaluations.jsonl").write_text('{"name": "a"}')
+    with pytest.raises(ValueError, match=r"a line lacks steps, .*frechet: delete it .*\"a\""):
+        page(tmp_path)
 
 
 def test_an_empty_log_gives_empty_tables(tmp_path):

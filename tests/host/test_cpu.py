@@ -264,6 +264,7 @@ def test_a_vae_that_has_no_bfloat16_stays_as_the_host_has_it(bfloat16, monkeypat
     assert {p.dtype for p in vae.first_stage_model.parameters()} == {torch.float32}
 
 
+@torch.inference_mode()  # as a graph runs
 @pytest.mark.parametrize("dimensions", [4, 5])
 def test_a_cpu_without_bfloat16_decodes_as_the_host_does(float32, vae_files, dimensions):
     vae = loading.load_vae(vae_files[dimensions])
@@ -275,7 +276,7 @@ def test_a_cpu_without_bfloat16_decodes_as_the_host_does(float32, vae_files, dim
     picture = torch.rand(drawn.shape[-4:], generator=torch.Generator().manual_seed(0))
     read, truth = vae.encode(picture), host_vae(vae_files[dimensions]).encode(picture)
     torch.testing.assert_close(read, truth, atol=1e-3, rtol=1e-3)
-    fast = [m for m in vae.first_stage_model.modules() if isinstance(m, convolutions._Faster)]
+    fast = [m for m in vae.first_stage_model.modules() if isinstance(m, convolutions._ByKernel)]
     assert bool(fast) == convolves(torch.zeros(64, 64, 3, 3))
 
 
@@ -283,6 +284,23 @@ def host_vae(path):
     return comfy.sd.VAE(sd={name: dense(tensor) for name, tensor in read(path)[0].items()})
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
+def test_a_vae_is_saved_by_the_hosts_node(request, kind, vae_files, tmp_path):
+    request.getfixturevalue(kind)
+    state_dict, path = loading.load_vae(vae_files[4]).get_sd(), str(tmp_path / "vae.safetensors")
+    comfy.utils.save_torch_file(state_dict, path, metadata={})  # as VAESave
+    again = comfy.utils.load_torch_file(path)
+    assert all(torch.equal(again[name], tensor) for name, tensor in state_dict.items())
+
+
+@torch.inference_mode()
+def test_a_latent_of_another_model_is_told_by_torch(float32, vae_files):
+    vae = loading.load_vae(vae_files[4])
+    with pytest.raises(RuntimeError, match="to have 16 channels, but got 32"):
+        vae.first_stage_model.decode(torch.zeros(1, 32, 32, 32))
+
+
+@torch.inference_mode()
 def test_a_vae_whose_padding_a_node_sets_draws_with_it(float32, vae_files):
     """As nodes for seamless pictures do, after loading."""
     pictures = []

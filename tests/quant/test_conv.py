@@ -54,7 +54,12 @@ def test_one_after_the_other_share_their_memory():
     for outputs in (16, 64, 32):
         weight = normal(outputs, 32, 3, 3, seed=outputs)
         torch.testing.assert_close(convolution(x, weight), conv2d(x, weight, padding=1), **CLOSE)
-    assert [room.numel() for room in convolution.rooms.values()] == [36 * 32 * 64]
+    assert convolution.kept.filters.numel() == 36 * 32 * 64
+
+
+def test_more_threads_than_tiles():
+    torch.set_num_threads(64)
+    assert error(normal(1, 256, 24, 24), normal(256, 256, 3, 3, seed=1)) < ERROR
 
 
 def test_in_inference_mode_and_after_it():
@@ -75,7 +80,23 @@ def test_in_inference_mode_and_after_it():
         (normal(1, 16, 64, 64).half(), normal(16, 16, 3, 3).half()),
         (normal(16, 64, 64), normal(16, 16, 3, 3)),
         (normal(1, 16, 64, 64), normal(16, 16, 3, 3).requires_grad_()),
+        (normal(1, 32, 64, 64), normal(16, 16, 3, 3)),  # not of the weight's channels
+        (normal(1, 0, 64, 64), normal(16, 0, 3, 3)),
     ],
 )
 def test_what_is_left_to_torch(x, weight):
     assert Convolution()(x, weight) is None
+
+
+@pytest.mark.parametrize("bias", [normal(32), normal(16).double(), normal(16).requires_grad_()])
+def test_a_bias_that_is_left_to_torch(bias):
+    assert Convolution()(normal(1, 16, 64, 64), normal(16, 16, 3, 3), bias) is None
+
+
+def test_in_a_process_that_computes_in_another_type_by_default():
+    x, weight = normal(1, 16, 24, 24), normal(16, 16, 3, 3, seed=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert error(x, weight) < ERROR
+    finally:
+        torch.set_default_dtype(torch.float32)
