@@ -139,11 +139,13 @@ def check_config(path: Path, made: dict, asked: dict, free: Sequence[str] = ()) 
 @contextmanager
 def _interrupts() -> Iterator[list]:
     """A list that holds something once Ctrl-C was pressed; pressed again, it interrupts. In a
-    thread, or one of several processes, which have to stop at the same step, it does at once.
+    thread, or one of several processes, which have to stop at the same step, it does at once; and
+    where it is ignored, as in a shell's background, it stays so.
     """
     pressed, before = [], signal.getsignal(signal.SIGINT)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not alone or threading.current_thread() is not threading.main_thread() or before is None:
+    main = threading.current_thread() is threading.main_thread()
+    if not (alone and main) or before in (None, signal.SIG_IGN):
         yield pressed
         return
 

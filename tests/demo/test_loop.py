@@ -65,6 +65,14 @@ def test_goes_on_to_the_very_same_weights(tmp_path):
     assert (done.steps, done.samples) == (20, 40)
 
 
+@pytest.fixture
+def interruptible():
+    """Whatever the tests run in: a shell's background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Pressed(Slope):
     """Ctrl-C is pressed in each of these steps."""
 
@@ -78,19 +86,18 @@ class Pressed(Slope):
         return super().step(index, progress)
 
 
-def test_ctrl_c_ends_a_training_once_its_state_is_kept(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
+def test_ctrl_c_ends_a_training_once_its_state_is_kept(tmp_path, interruptible):
     whole, first, second = Slope(), Pressed(4), Slope()
     train(whole, tmp_path / "whole.pt", Budget(samples=40))
     with pytest.raises(KeyboardInterrupt):
         train(first, tmp_path / "cut.pt", Budget(samples=40))
     assert len(first.seen) == 6  # the step after has proved it good
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     train(second, tmp_path / "cut.pt", Budget(samples=40))
     assert second.seen == whole.seen[5:] and torch.equal(second.weight, whole.weight)
 
 
-def test_ctrl_c_again_ends_it_at_once(tmp_path):
+def test_ctrl_c_again_ends_it_at_once(tmp_path, interruptible):
     task = Pressed(4, 5)
     with pytest.raises(KeyboardInterrupt):
         train(task, tmp_path / "cut.pt", Budget(samples=40))
@@ -98,7 +105,13 @@ def test_ctrl_c_again_ends_it_at_once(tmp_path):
     assert load_checkpoint(tmp_path / "cut.pt")["done"]["steps"] == 5
 
 
-def test_a_state_that_the_step_after_finds_broken_is_not_kept_at_ctrl_c(tmp_path):
+def test_where_ctrl_c_is_ignored_a_training_goes_on(tmp_path, interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    done = train(Pressed(4, 5), tmp_path / "whole.pt", Budget(samples=40))
+    assert done.steps == 20 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_a_state_that_the_step_after_finds_broken_is_not_kept_at_ctrl_c(tmp_path, interruptible):
     with pytest.raises(TrainingDiverged):
         train(Pressed(4, breaks=5), tmp_path / "cut.pt", Budget(samples=40))
     assert not (tmp_path / "cut.pt").exists()
