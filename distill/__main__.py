@@ -73,14 +73,14 @@ def parse_arguments() -> argparse.Namespace:
     merge = commands.add_parser("merge", help="merge the branches, at the ratio that scores best")
     merge.add_argument("--config", default="split")
     merge.add_argument("--name", type=run_name, help="of the run; default the configuration's")
-    merge.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     merge.add_argument("--ratio", type=float, help="of the high branch; default: search")
     adopt = commands.add_parser("adopt", help="a model that ships, as a run to start from or score")
     adopt.add_argument("name", type=run_name, help="of the run to write")
     shipped = ("fewstep-teacher", "fewstep-demo")
     adopt.add_argument("--shipped", default=shipped[0], choices=shipped, help="default the teacher")
     adopt.add_argument("--config", default="teacher", help="of its sizes; default teacher")
-    adopt.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    for command in (merge, adopt):
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     evaluate = commands.add_parser("eval", help="GenEval's categories, and a Fréchet distance")
     evaluate.add_argument("name", nargs="+", help="of runs")
     evaluate.add_argument(

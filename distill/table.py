@@ -210,14 +210,16 @@ def claims(
         most = max(seen.keys() & bar.keys(), default=None)
         return seen.get(most), None if most is None else share * bar[most] - less
 
-    def faster(what: str, key: str) -> tuple:
-        """The claim that the student is as much faster in what its rows have as `key`."""
-        own, slow = (
+    def faster(claim: str, own: float | None, slow: float | None) -> tuple:
+        """The claim that the student's seconds are as many times less than the teacher's."""
+        return claim, own, slow and slow / FASTER, lambda a, b: a <= b, "s"
+
+    def took(key: str) -> list[float | None]:
+        """Student's and teacher's seconds, of what their rows have as `key`."""
+        return [
             next((row.get(key) for row in times if row["name"] == name), None)
             for name in (STUDENT, TEACHER)
-        )
-        claim = f"{FASTER} times as fast as the teacher, in seconds {what}"
-        return claim, own, slow and slow / FASTER, lambda a, b: a <= b, "s"
+        ]
 
     def seeded() -> tuple[float | None, float | None]:
         """Mean of the seeds with timestep sharing; and what it must exceed to be called better:
@@ -237,6 +239,7 @@ def claims(
     student, t5 = score(STUDENT, 4), score(EITHER, 16, "no clip")
     six, sixteen = (score(STUDENT, 4, recipe=name) for name in ("flash-6", "flash-16"))
     best = student[max(student)] if student else None
+    quick = f"{FASTER} times as fast as the teacher"
     holds: list[tuple[str, float | None, float | None, Callable[[float, float], bool], str]] = [
         (
             "4 steps, at least its teacher in 50 with CFG",
@@ -252,17 +255,11 @@ def claims(
             "%",
         ),
         ("6 bits, within 1 point of 16", *beside(six, sixteen, less=0.01), _reaches, "%"),
-        faster("a picture", "seconds"),
-        faster("of sampling alone", "sampling"),
+        faster(f"{quick}, in seconds a picture", *took("seconds")),
+        faster(f"{quick}, in seconds of sampling alone", *took("sampling")),
         *(
-            (
-                f"the same of models as large as SD3.5-Medium, a picture of {what}",
-                student_seconds,
-                teacher_seconds / FASTER,
-                lambda a, b: a <= b,
-                "s",
-            )
-            for what, student_seconds, teacher_seconds in sized
+            faster(f"the same of models as large as SD3.5-Medium, a picture of {what}", *seconds)
+            for what, *seconds in sized
         ),
         (
             "without T5, at most 5 points less than with it",

@@ -66,8 +66,8 @@ def convolves(weight: Tensor) -> bool:
 
 @cache
 def _kernel() -> ModuleType | None:
-    """The compiled kernel, if numba is there and the CPU has no more than the instructions."""
+    """The compiled kernel, if numba is there and the CPU one whose tiles are of float32."""
     doing = "convolving on the CPU"
     tile = find_kernels("numba_tile", doing)
-    found = tile is not None and tile.SUPPORTED and torch.float32 == tile.DTYPE
-    return find_kernels("numba_conv", doing) if found else None
+    there = tile is not None and tile.SUPPORTED and tile.DTYPE is torch.float32
+    return find_kernels("numba_conv", doing) if there else None
