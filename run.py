@@ -40,7 +40,8 @@ BUILD_TOOLS = ["pip>=26", "setuptools", "wheel"]
 TORCH = ["torch==2.13.0"]
 TORCHVISION = ["--no-deps", "torchvision==0.28.0"]
 SPEED = ["numba"]  # compiled dequantising on CPUs; the pack works without it
-TEST_TOOLS = ["pytest", "pytest-timeout", "hypothesis", "ruff", "playwright"]
+TEST_TOOLS = ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "playwright"]
+TRAINING = ["accelerate", "bitsandbytes", "tensorboard"]  # pyproject's `distill`
 TRITON = ["triton"] if sys.platform == "linux" else []  # its interpreter runs our GPU kernels
 NOT_FROM_REQUIREMENTS = ("torch", "torchvision", "torchaudio")  # pinned above, or not needed
 
@@ -184,8 +185,9 @@ def wait_for_ctrl_c(host):
 
 def run_tests(options):
     """Run ruff and pytest; return 0 if all passed."""
-    set_up(TEST_TOOLS + TRITON)
-    pytest = ["pytest", *([] if options.slow else ["-m", "not slow"]), *options.pytest]
+    set_up(TEST_TOOLS + TRAINING + TRITON)
+    spread = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    pytest = ["pytest", *spread, *([] if options.slow else ["-m", "not slow"]), *options.pytest]
     failed = []
     for command in (["ruff", "check"], ["ruff", "format", "--check"], pytest):
         say("$ " + " ".join(command))

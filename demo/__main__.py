@@ -58,6 +58,10 @@ def prepare(options: argparse.Namespace) -> None:
 
     args.cpu = options.device == "cpu"
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    logging.disable(logging.INFO)  # what ComfyUI tells of itself as it starts
+    import comfy.sd  # noqa: F401
+
+    logging.disable(logging.NOTSET)
     if options.threads:
         torch.set_num_threads(options.threads)
 

@@ -34,24 +34,28 @@ GAP = 4  # white pixels between a recipe's rows and the next's
 
 
 class Pictures:
-    """The shipped encoder and VAE, and what a model draws with them through the host."""
+    """The shipped encoder and VAE, and what a model draws with them through the host, as the file
+    `path` says that it is sampled; by default the one that ships.
+    """
 
     sampled_in = 0.0  # seconds that the last sampling took
 
-    def __init__(self, models: Path):
+    def __init__(self, models: Path, path: Path | None = None):
         self.clip = load_text_encoders([str(models / FILES["text"])])
         self.vae = load_vae(str(models / FILES["vae"]))
-        self.preset = preset_from_metadata(GGUFFile(models / FILES["mmdit"]).metadata)
+        self.preset = preset_from_metadata(GGUFFile(path or models / FILES["mmdit"]).metadata)
 
-    def latents(self, model, prompts: Sequence[str], seed: int = 0) -> dict:
-        """LATENT of as many pictures as prompts, in the checkpoint's own number of steps."""
+    def latents(
+        self, model, prompts: Sequence[str], seed: int = 0, steps: int | None = None
+    ) -> dict:
+        """LATENT of as many pictures as prompts, in `steps` or the file's own number of them."""
         preset, positive = self.preset, self._conditioning(prompts)
         negative = None if preset.cfg == 1 else self._conditioning([""] * len(prompts))
         empty = {"samples": torch.zeros(len(prompts), *LATENT)}
         sampler = sampling.make_sampler(sampling.AUTO_RULE, preset)
         start = time.perf_counter()
         drawn = sampling.sample(
-            model, positive, negative, empty, seed, preset.cfg, sampler, preset.sigmas()
+            model, positive, negative, empty, seed, preset.cfg, sampler, preset.sigmas(steps)
         )
         self.sampled_in = time.perf_counter() - start
         return drawn
@@ -63,9 +67,11 @@ class Pictures:
         return [[torch.cat([cond for cond, _ in told]), {"pooled_output": pooled}]]
 
     @torch.no_grad()
-    def draw(self, model, prompts: Sequence[str], seed: int = 0) -> np.ndarray:
+    def draw(
+        self, model, prompts: Sequence[str], seed: int = 0, steps: int | None = None
+    ) -> np.ndarray:
         """(n, height, width, 3) uint8"""
-        return as_bytes(self.vae.decode(self.latents(model, prompts, seed)["samples"]))
+        return as_bytes(self.vae.decode(self.latents(model, prompts, seed, steps)["samples"]))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The miniature as a data set for `python -m distill`: scenes to learn, sheets, and scores."""
 
+import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from .export import FILES, NAME, write_mmdit
 from .export import export as write_files
 from .ladder import Pictures
 from .prompts import PIECES
+from .proof import prove
 from .shipped import MODELS, load_shipped, read_weights
 from .styles import STYLES
 
 SHOWN = 20  # pictures of a sheet
+log = logging.getLogger(__name__)
 
 
 class Miniature:
@@ -60,10 +63,14 @@ class Miniature:
         """Pictures (n, 3, 128, 128) about [0, 1] of model-space latents (n, 16, 16, 16)."""
         return self.vae.taesd_decoder(latents * recipe.DECODER_GAIN)
 
-    def sheet(self, model: FlowModel, sigmas: Tensor, cfg: float) -> np.ndarray:
+    def sheet(
+        self, model: FlowModel, sigmas: Tensor, cfg: float, encoders: str = "no t5"
+    ) -> np.ndarray:
         rng = np.random.default_rng(3)
         prompts = [str(draw_captions(rng, 1, (KINDS[i % 3],), True)[0]) for i in range(SHOWN)]
-        return contact_sheet(list(draw_pictures(model, self.decode, prompts, sigmas, cfg)))
+        return contact_sheet(
+            list(draw_pictures(model, self.decode, prompts, sigmas, cfg, encoders=encoders))
+        )
 
     def evaluate(
         self,
@@ -78,10 +85,11 @@ class Miniature:
         seed, start = 1_000_001 if choosing else 1, time.perf_counter()
         wanted = categories.held_out(captions, seed)
         draw = partial(draw_pictures, model, self.decode, cfg=cfg, encoders=encoders)
-        pictures = [
-            draw([str(caption) for caption in wanted[at : at + 50]], sigmas=sigmas, seed=seed + at)
-            for at in range(0, captions, 50)
-        ]
+        pictures = []
+        for at in range(0, captions, 50):
+            prompts = [str(caption) for caption in wanted[at : at + 50]]
+            pictures.append(draw(prompts, sigmas=sigmas, seed=seed + at))
+            log.info("%d of %d pictures drawn", at + len(prompts), captions)
         seconds = (time.perf_counter() - start) / captions
         scores = categories.judge(wanted, np.concatenate(pictures), self.vae.taesd_encoder)
         return scores | {"seconds": seconds}
@@ -97,6 +105,9 @@ class Miniature:
         self, model: FlowModel, preset: Preset, folder: Path, recipe: str, file: str | None
     ) -> list[Path]:
         return write_files(model, self.vae, model.config, folder, preset, recipe, file or NAME)
+
+    def prove(self, name: str, steps: Sequence[int], captions: int) -> Iterator[dict]:
+        return prove(self.models, name, steps, captions)
 
     def through_host(self, folders: Sequence[Path], turns: int) -> list[list[tuple[float, float]]]:
         """Alternately one picture by each folder's files, after one that has the host load them:

@@ -168,7 +168,11 @@ def _lies(relation: str | None, first: Found, second: Found) -> bool:
 def score(picture: np.ndarray, caption: Caption | str) -> Verdict:
     """Verdict on a picture (h, w, 3) uint8; with objects in any order, the kindest one counts."""
     wanted = caption if isinstance(caption, Caption) else parse_caption(caption)
-    ground, found = look(picture)
+    return verdict(*look(picture), wanted)
+
+
+def verdict(ground: str | None, found: Sequence[Found], wanted: Caption) -> Verdict:
+    """On what was seen: `look`'s background and objects."""
     background = ground == wanted.background
     if len(found) != len(wanted.objects):
         return Verdict(background, False, False, False, False)

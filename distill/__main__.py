@@ -1,7 +1,7 @@
 """Distil a few-step model, a stage at a time.
 
     python -m distill adopt | align | teacher | either | trajectory | match | split
-    python -m distill merge | style | eval | time | noise | table | export
+    python -m distill merge | style | eval | time | noise | shipped | table | export
     python -m distill trajectory | match --model FILE --text-encoder FILE … --prompts FILE
 
 The last makes a few-step LoRA of any flow model that ComfyUI loads (see `distill/host_run.py`); the
@@ -11,6 +11,7 @@ in the folder.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,12 @@ def at_least(low: int):
         return number
 
     return whole
+
+
+def guidance(text: str) -> float:
+    if not 0 <= (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no scale of guidance: 0 or more")
+    return number
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,7 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     evaluate.add_argument(
         "--steps", type=at_least(1), help="default the run's own; a teacher's are 50"
     )
-    evaluate.add_argument("--cfg", type=float, help="default the run's own: a student's is 1")
+    evaluate.add_argument("--cfg", type=guidance, help="default the run's own: a student's is 1")
     evaluate.add_argument("--recipe", help="quantised so first, as quant's recipe of that name")
     evaluate.add_argument("--sheet", action="store_true", help="draw a sheet as well")
     export = commands.add_parser("export", help="a run's GGUF files, with fewstep.* metadata")
@@ -95,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
     export.add_argument(
         "--file",
         type=lambda name: name.removesuffix(".gguf"),
-        help="name of the model's file; default as the one that ships",
+        help="name of the model's file; default fewstep-NAME",
     )
     time = commands.add_parser("time", help="seconds a picture through ComfyUI, runs in turns")
     time.add_argument("name", nargs="+", help="of runs")
@@ -105,10 +112,13 @@ def parse_arguments() -> argparse.Namespace:
     noise = commands.add_parser("noise", help="how noisy the gradient of stage 2 is")
     noise.add_argument("name", nargs="+", help="of runs, shared and random")
     noise.add_argument("--batches", type=at_least(2), default=16, help="default 16")
+    proof = commands.add_parser("shipped", help="score what ships, by ComfyUI and two scorers")
+    proof.add_argument("name", nargs="*", default=shipped, help=f"{' '.join(shipped)}; default all")
     table = commands.add_parser("table", help="a page, distilled.md, from the folder's logs")
     table.add_argument("--docs", type=Path, help="folder to write to; default beside the logs")
-    for command in (merge, evaluate):
+    for command in (merge, evaluate, proof):
         command.add_argument("--captions", type=at_least(12), default=1000, help="default 1000")
+    for command in (merge, evaluate):
         command.add_argument(
             "--encoders",
             default="no t5",
@@ -156,6 +166,7 @@ def main() -> int:
     from fewstep.distill.loop import TrainingDiverged
 
     try:
+        check_device(options.device)
         act(options)
     except (ValueError, OSError, TrainingDiverged, MemoryError) as error:
         print(f"python -m distill: {error}", file=sys.stderr)
@@ -169,6 +180,16 @@ def main() -> int:
         print("\nstopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def check_device(name: str) -> None:
+    """Raises: ValueError for a device that is not there."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def act(options: argparse.Namespace) -> None:

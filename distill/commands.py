@@ -15,12 +15,14 @@ from ..host.learned import save_whole
 from ..host.training import check_memory
 from . import kept, runs
 from .dataset import Dataset
-from .loop import Task, save_atomically
+from .loop import Task, load_checkpoint, save_atomically
 from .lora import as_file
 from .merge import RATIOS
 from .noise import noise_scale
 from .runs import Run
-from .table import EVALUATIONS, NOISE, TIMES, page
+from .table import EVALUATIONS, NOISE, SHIPPED, TIMES, page
+
+SHIPPED_STEPS = {"fewstep-demo": (4, 2), "fewstep-teacher": (50,)}
 
 
 def train(options: Namespace, dataset: Dataset) -> None:
@@ -107,13 +109,18 @@ def _tensors(state):
 def merge(options: Namespace, dataset: Dataset) -> None:
     """Merge at the ratio asked for, or score every ratio of RATIOS and take the best."""
     run = read(options)
+    path = options.folder / f"{run.name}.pt"
+    if path.exists() and load_checkpoint(path).get("config", {}).get("stage") != "merge":
+        raise ValueError(f"{path} was not merged but trained: give another --name, or delete it")
     ratios = RATIOS if options.ratio is None else (options.ratio,)
     scores = {}
     for ratio in ratios:
-        state, note = runs.merged(options.folder, run, ratio), {"ratio": ratio}
-        scored = _evaluate(run.name, state, options, dataset, note=note, choosing=True)
+        state = runs.merged(options.folder, run, ratio)
+        model, drawn = kept.model_of(options.folder, state, dataset), kept.schedule(state["config"])
+        note = {"ratio": ratio}
+        scored = _evaluate(run.name, state, model, drawn, options, dataset, note, choosing=True)
         scores[ratio] = scored["overall"], scored["right"]
-    best, path = max(scores, key=scores.get), options.folder / f"{run.name}.pt"
+    best = max(scores, key=scores.get)
     save_atomically(runs.merged(options.folder, run, best), path)
     print(f"{path}: ratio {best} of the high branch")
 
@@ -126,28 +133,28 @@ def adopt(options: Namespace, dataset: Dataset) -> None:
 def eval(options: Namespace, dataset: Dataset) -> None:  # named as its command
     """Score runs, and add a line to evaluations.jsonl for each."""
     for name in options.name:
-        note = {"recipe": options.recipe} if options.recipe else {}
         state = kept.checkpoint(options.folder, name)
-        _evaluate(name, state, options, dataset, options.steps, options.cfg, note)
+        sigmas, cfg = kept.schedule(state["config"], options.steps)
+        drawn = sigmas, cfg if options.cfg is None else options.cfg
+        model, note = kept.model_of(options.folder, state, dataset), {}
+        if options.recipe:
+            model, note = dataset.quantised(model, options.recipe), {"recipe": options.recipe}
+        _evaluate(name, state, model, drawn, options, dataset, note)
         if options.sheet:
-            sigmas, cfg = kept.schedule(state["config"], options.steps)
-            model = kept.model_of(options.folder, state, dataset)
-            path = options.folder / "sheets" / f"{name}-{len(sigmas) - 1}.png"
+            parts = [name, str(len(sigmas) - 1), *note.values(), options.encoders]
+            path = options.folder / "sheets" / ("-".join(parts).replace(" ", "-") + ".png")
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(dataset.sheet(model, sigmas, options.cfg or cfg)).save(path)
+            Image.fromarray(dataset.sheet(model, *drawn, options.encoders)).save(path)
 
 
 def _evaluate(
-    name, state, options, dataset, steps=None, cfg=None, note=None, choosing=False
+    name, state, model, drawn, options, dataset, note, choosing=False
 ) -> dict[str, float]:
-    config = state["config"]
-    sigmas, own = kept.schedule(config, steps)
-    cfg = own if cfg is None else cfg
-    model = kept.model_of(options.folder, state, dataset)
+    """`drawn`: sigmas and CFG."""
+    (sigmas, cfg), config = drawn, state["config"]
     told = {key: config[key] for key in ("stage", "renoise", "seed") if key in config}
-    note = told | {"trained": state.get("done", {}).get("samples")} | (note or {})
-    if "recipe" in note:
-        model = dataset.quantised(model, note["recipe"])
+    trained = {"trained": done["samples"]} if (done := state.get("done")) else {}
+    note = told | trained | note
     scores = dataset.evaluate(model, sigmas, cfg, options.captions, options.encoders, choosing)
     row = {
         "name": name,
@@ -172,7 +179,8 @@ def export(options: Namespace, dataset: Dataset) -> None:
         save_whole(tensors, path, {"fewstep.run": json.dumps(state["config"])})
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
         return
-    for path in _export(options.name, options.models, options, dataset, options.file):
+    file = options.file or f"fewstep-{options.name}"
+    for path in _export(options.name, options.models, options, dataset, file):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -209,10 +217,23 @@ def time(options: Namespace, dataset: Dataset) -> None:
         _note(options.folder / TIMES, row)
 
 
+def shipped(options: Namespace, dataset: Dataset) -> None:
+    """Score the files that ship, through ComfyUI and by both scorers."""
+    for name, steps in SHIPPED_STEPS.items():
+        if name in options.name:
+            for row in dataset.prove(name, steps, options.captions):
+                _note(
+                    options.folder / SHIPPED,
+                    {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()},
+                )
+
+
 def noise(options: Namespace, dataset: Dataset) -> None:
     """Measure the gradients of runs of stage 2, each as it was trained, with its own proxy."""
     for name in options.name:
         run = runs.kept_run(options.folder, name)
+        if run.stage != "match":
+            raise ValueError(f"{name} is a run of {run.stage}: noise is measured of those of match")
         task = runs.build(run, options.folder, dataset, options.device)
         task.load_state_dict(kept.checkpoint(options.folder, run.name)["task"])
         for step in run.settings.steps():
@@ -235,7 +256,10 @@ def table(options: Namespace, dataset: Dataset) -> None:
 
 
 def _note(path: Path, row: dict) -> None:
-    """Add a line to a log, and print it."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Print a line, and add it to a log. Raises: OSError naming a log that cannot be written."""
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error

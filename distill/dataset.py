@@ -1,6 +1,6 @@
 """What a run asks of its data set; the miniature's is `demo.miniature`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +28,9 @@ class Dataset(Protocol):
     def styled(self, style: str, size: int, encoders: int, index: int) -> tuple[Tensor, Mend]:
         """Prompts of batch `index`, and what gives latents of theirs a look. Raises: ValueError."""
 
-    def sheet(self, model: FlowModel, sigmas: Tensor, cfg: float) -> np.ndarray:
+    def sheet(
+        self, model: FlowModel, sigmas: Tensor, cfg: float, encoders: str = "no t5"
+    ) -> np.ndarray:
         """Pictures of a few prompts, always the same, side by side: (h, w, 3) uint8."""
 
     def shipped(self, name: str, config: ModelConfig) -> tuple[FlowModel, Preset]:
@@ -55,6 +57,10 @@ class Dataset(Protocol):
     ) -> list[Path]:
         """Write the model's GGUF files below `folder`; their paths. `file` is the model's own
         name, None for that of the model that ships."""
+
+    def prove(self, name: str, steps: Sequence[int], captions: int) -> Iterator[dict]:
+        """What the file `name` that ships scores through the host: a row for each number of steps
+        and each of several scorers."""
 
     def through_host(self, folders: Sequence[Path], turns: int) -> list[list[tuple[float, float]]]:
         """Seconds a picture by each folder's files, and those of them that sampling took; loaded

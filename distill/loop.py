@@ -13,12 +13,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def save_atomically(state: dict, path: Path) -> None:
 def _save_beside(state: dict, path: Path) -> Path:
     """Raises: OSError naming `path` where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)
@@ -107,17 +108,35 @@ def _save_beside(state: dict, path: Path) -> Path:
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
     """A checkpoint of ours; tensors and plain values only, nothing in it is executed.
 
-    Raises: ValueError for a file that is none.
+    Raises: ValueError for a file that is none; OSError; MemoryError.
     """
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        if "allocate" in str(error):
+            raise MemoryError(f"{path}: too little memory to read it") from error
         raise ValueError(f"{path} is damaged, or no file of ours: delete it") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} is no file of ours: it holds no dict. Delete it")
     return state
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Nothing else trains into the checkpoint at `path` meanwhile; what a killed one has left of
+    saving it is deleted. Raises: ValueError where something does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        with lock:
+            for left in path.parent.glob(f"{path.name}.*.tmp"):
+                left.unlink()
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"{path} is being trained by another process: wait for it, or give another --name"
+        ) from error
 
 
 def check_config(path: Path, made: dict, asked: dict, free: Sequence[str] = ()) -> None:
@@ -177,11 +196,11 @@ def train(
     but one, which then neither save nor watch.
     A state is kept once the loss of the next step is finite: one that a step too large has broken
     never takes the place of the one before.
-    Raises TrainingDiverged, naming the step, as soon as a loss is not finite, or when gradients
-    have not been for LOST_GRADIENTS steps; ValueError for a checkpoint of another configuration;
-    KeyboardInterrupt after Ctrl-C, once the state is kept.
+    Raises: TrainingDiverged, naming the step, as soon as a loss is not finite, or when gradients
+    have not been for LOST_GRADIENTS steps; ValueError for a checkpoint of another configuration, or
+    one that another process trains; KeyboardInterrupt after Ctrl-C, once the state is kept.
     """
-    with _interrupts() as pressed:
+    with alone(path) if writes else nullcontext(), _interrupts() as pressed:
         return _train(task, path, budget, save_seconds, config, watch, writes, pressed)
 
 

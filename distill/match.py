@@ -44,18 +44,22 @@ RENOISE = ("shared", "levels", "random")
 @dataclass(frozen=True)
 class MatchConfig(StudentConfig):
     """The student's rate is small: normalised, its gradient is as long where little is wrong as
-    where much is.
+    where much is. The paper publishes none of these numbers.
     """
 
     renoise: str = "shared"
     proxy_warmup: int = 150  # steps in which only the proxy and the heads learn
-    last_sigma: float = 0.5  # s' of the last step, in its own s_i; 0: heads alone judge that step
+    # s' of the last step, in its own s_i: the next level down, were the levels halved once more.
+    # 0: heads alone judge that step.
+    last_sigma: float = 0.5
     random_shift: float = 3.0  # of the uniform time that "random" draws s' from
-    proxy_steps: int = 2  # updates of the proxy for each of the student (TTUR); DMD2 5, SwD 5
-    proxy_rate: float = 2e-4
+    # Updates of the proxy for each of the student (TTUR). DMD2 and SwD take 5; here the student's
+    # rate is a tenth of the proxy's, which then keeps up in two, at half the cost of a step.
+    proxy_steps: int = 2
+    proxy_rate: float = 2e-4  # ten times the student's: it is the student's to be followed
     ida: float = 1.0  # share of itself that the proxy keeps after a step of the student
     adversarial: float = 0.005  # weight of the heads in the student's loss; SwD 0.005 to 0.01
-    head_rate: float = 1e-3
+    head_rate: float = 1e-3  # small networks that start from nothing, again and again
     restart: float = 0.005  # chance a step that a head starts anew
     branch: tuple[float, float] = (0.0, 1.0)  # sigmas (above, up to) whose steps are trained
     batch: int = 32

@@ -268,7 +268,12 @@ def adopt_run(folder: Path, run: Run, shipped: str, dataset: Dataset) -> Path:
         raise ValueError(f"{shipped} has other sizes than the configuration: {told}") from error
     if preset.cfg == 1:
         teacher = run.teacher or "teacher"
-        checkpoint(folder, teacher)
+        if run.name == teacher:
+            raise ValueError(
+                f"{shipped} is a student of the run {teacher}: adopt it under another name"
+            )
+        if checkpoint(folder, teacher)["config"]["stage"] not in TEACHERS:
+            raise ValueError(f"{folder / teacher}.pt is no teacher's: adopt one, by another name")
         sigmas = tuple(preset.sigmas().tolist())
         config = {"stage": "adopted", "teacher": teacher, "sigmas": sigmas, "shipped": shipped}
         task = {"weights": model.mmdit.state_dict()}

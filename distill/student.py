@@ -24,12 +24,12 @@ class StudentConfig:
     """How a student draws and learns. Rates are those at the plateau."""
 
     sigmas: tuple[float, ...] = (1.0, 0.9, 0.75, 0.5, 0.0)  # uniform, shift 3, rounded
-    guidance: float = 2.0  # the scale of CFG that the teacher draws with, and the student learns
+    guidance: float = 2.0  # scale of CFG that the student learns; the miniature draws best by it
     rank: int = 0  # of a LoRA on every linear layer; 0 trains all weights
     batch: int = 64
     muon_rate: float = 0.0  # of hidden matrices, scaled to AdamW's size of update; 0: AdamW for all
     adam_rate: float = 1e-4
-    decay: float = 0.0
+    decay: float = 0.0  # weight decay of Muon: from a trained start there is little to hold back
     warmup: int = 20  # steps
     plateau: float = 0.5  # share of the budget before the rates fall linearly to zero
     ema: float = 0.99
@@ -45,6 +45,8 @@ class StudentConfig:
         """Raises: ValueError for sigmas that do not fall from 1 to 0."""
         if (row := check_sigmas(self.sigmas))[0] != 1 or row[-1] != 0:
             raise ValueError(f"sigmas are {self.sigmas}: a student starts at 1 and ends at 0")
+        if self.decay and not self.muon_rate:
+            raise ValueError(f"decay is {self.decay}, which is Muon's alone: set muon_rate as well")
 
 
 class Sample(NamedTuple):

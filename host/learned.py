@@ -67,7 +67,8 @@ def save_whole(tensors: dict[str, Tensor], path: Path, metadata: dict | None = N
     """Write a safetensors file beside its place, then rename it there: never half a file."""
     temporary = path.with_suffix(".tmp")
     try:
-        safetensors.torch.save_file(tensors, temporary, metadata)
+        # not save_file, whose files only their owner may read
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

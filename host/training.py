@@ -7,6 +7,7 @@ model's own `apply_model`; so whatever architecture the host knows can be traine
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ import comfy.model_management as management
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
+import psutil
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
@@ -214,9 +216,9 @@ def training(
 
 
 def joined(model, latents: list[dict]) -> Tensor:
-    """LATENTs as one batch (m, channels, …); empty ones as the MODEL wants them.
+    """LATENTs as one batch (m, channels, …); of empty ones, which only say the size, a single one.
 
-    Raises: ValueError where their sizes differ, or they are none of the MODEL's.
+    Raises: ValueError where their sizes differ, some are empty, or they are none of the MODEL's.
     """
     samples, form = [], model.get_model_object("latent_format")
     for one in latents:
@@ -233,6 +235,11 @@ def joined(model, latents: list[dict]) -> Tensor:
         )
     if not all(map(is_finite, samples)):
         raise ValueError("The latents hold NaN or infinity: look at the pictures and their VAE.")
+    drawn = torch.cat(samples).flatten(1).any(1)
+    if not drawn.any():
+        return samples[0][:1]
+    if not drawn.all():
+        raise ValueError("Some latents are pictures and some are empty: give either, not both.")
     return torch.cat(samples)
 
 
@@ -252,6 +259,8 @@ def memory_needed(model, shape: tuple[int, ...], rank: int, batch: int, recomput
 def check_memory(needed: int, device: torch.device) -> None:
     """Say what training will take. Raises: ValueError where that is not free."""
     free = management.get_free_memory(device)
+    if device.type == "cpu":
+        free = min(free, _left_of_limit())
     log.info(
         "Training takes about %.2f GB beside the model; %.2f are free.", needed / 1e9, free / 1e9
     )
@@ -263,6 +272,18 @@ def check_memory(needed: int, device: torch.device) -> None:
         )
 
 
+def _left_of_limit() -> float:
+    """Bytes of address space that a limit on this process (`ulimit -v`) leaves."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return math.inf
+    return max(0, limit - psutil.Process().memory_info().vms)
+
+
 def _checked(entry: Entry, kind: str) -> Entry:
     """A CONDITIONING's entry that autograd can keep. Raises: ValueError for what only concerns a
     part of the picture or of the sampling, and for NaN.
@@ -271,6 +292,11 @@ def _checked(entry: Entry, kind: str) -> Entry:
         raise ValueError(
             f"The {kind} CONDITIONING carries {', '.join(odd)}, which a few-step LoRA does not "
             "learn: connect the text encoder's output as it is."
+        )
+    if len(entry[0]) > 1:
+        raise ValueError(
+            f"The {kind} CONDITIONING holds {len(entry[0])} prompts in one entry: encode each by "
+            "itself, and connect them all."
         )
     for value in (entry[0], entry[1].get("pooled_output")):
         if torch.is_tensor(value) and not is_finite(value):

@@ -44,6 +44,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
         config.stash[NOT_RUN] = len(left_out)
+        if hasattr(config, "workeroutput"):  # one of pytest-xdist's processes
+            config.workeroutput["not run"] = len(left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[NOT_RUN] = getattr(node, "workeroutput", {}).get("not run", 0)
 
 
 def pytest_terminal_summary(terminalreporter, config):

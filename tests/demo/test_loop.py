@@ -11,6 +11,7 @@ from fewstep.distill.loop import (
     Budget,
     Done,
     TrainingDiverged,
+    alone,
     load_checkpoint,
     save_atomically,
     train,
@@ -128,7 +129,7 @@ def test_names_the_step_of_a_nan_and_keeps_the_last_good_state(tmp_path):
     state = load_checkpoint(path)
     assert state["done"]["steps"] == 6
     assert torch.isfinite(state["task"]["weight"]).all()
-    assert [file.name for file in tmp_path.iterdir()] == ["slope.pt"]
+    assert [file.name for file in tmp_path.glob("[!.]*")] == ["slope.pt"]
 
 
 def test_a_step_that_breaks_the_weights_is_not_kept(tmp_path):
@@ -147,7 +148,7 @@ def test_a_first_loss_that_is_no_number_is_not_blamed_on_the_rate(tmp_path):
         train(Slope(breaks=0), tmp_path / "slope.pt", Budget(samples=40), save_seconds=0)
     with pytest.raises(TrainingDiverged, match="before anything was saved"):
         train(Slope(breaks=2), tmp_path / "slope.pt", Budget(samples=40), save_seconds=1000)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("[!.]*")) == []
 
 
 def test_gradients_that_stay_infinite_are_named(tmp_path):
@@ -234,3 +235,29 @@ def test_progress_is_the_share_used_up():
     assert Budget(minutes=3).progress(done) == 0.5
     assert Budget(samples=60).progress(done) == 0.5
     assert Budget(samples=10).progress(done) == 1
+
+
+def test_two_trainings_of_one_run_keep_out_of_each_others_way(tmp_path):
+    path = tmp_path / "run.pt"
+    with alone(path):
+        kept = torch.zeros(1)
+        save_atomically({"kept": kept}, path)
+        with pytest.raises(ValueError, match=r"run\.pt is being trained by another process"):
+            train(Slope(), path, Budget(samples=4))
+        assert torch.equal(load_checkpoint(path)["kept"], kept)
+    path.unlink()
+    left = tmp_path / "run.pt.123.tmp"  # by one that was killed
+    left.write_bytes(b"half")
+    assert train(Slope(), path, Budget(samples=4)).steps == 2
+    assert not left.exists()
+
+
+def test_too_little_memory_does_not_make_a_file_damaged(tmp_path, monkeypatch):
+    save_atomically({"weight": torch.zeros(3)}, tmp_path / "run.pt")
+
+    def load(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8")
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(MemoryError, match="too little memory to read it"):
+        load_checkpoint(tmp_path / "run.pt")

@@ -36,8 +36,9 @@ class Toy:
     def styled(self, style, size, encoders, index):
         return self.batch(size, encoders, index)[1], lambda latents: latents - 1
 
-    def sheet(self, model, sigmas, cfg):
-        return np.full((8, 8, 3), 128, np.uint8)
+    def sheet(self, model, sigmas, cfg, encoders="no t5"):
+        said = sum(map(len, (encoders, str(cfg)))) + model.mmdit.final_layer.linear.weight.norm()
+        return np.full((8, 8, 3), int(said), np.uint8)
 
     def evaluate(self, model, sigmas, cfg, captions, encoders, choosing=False):
         score = model.mmdit.final_layer.linear.weight.norm().item()
@@ -47,6 +48,9 @@ class Toy:
     def quantised(self, model, recipe):
         model.mmdit.final_layer.linear.weight.mul_(int(recipe.removeprefix("flash-")))
         return model
+
+    def prove(self, name, steps, captions):
+        return ({"name": name, "steps": n, "overall": 1 / 3, "captions": captions} for n in steps)
 
     def through_host(self, folders, turns):
         assert all((folder / "drawn.gguf").exists() for folder in folders)
@@ -193,7 +197,7 @@ def test_a_run_is_drawn_with_by_its_name_alone(folder):
         commands.eval(Namespace(folder=folder, name=["second"], **given), Toy())
         row = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
         assert (row["name"], row["cfg"], row["steps"]) == ("second", 1.0, drawn)
-    assert (folder / "sheets" / "second-4.png").exists()
+    assert (folder / "sheets" / "second-4-no-t5.png").exists()
     assert (row["renoise"], row["trained"]) == ("shared", 8) and "recipe" not in row
     given["recipe"] = "flash-2"
     commands.eval(Namespace(folder=folder, name=["second"], **given), Toy())
@@ -478,3 +482,66 @@ def test_a_data_set_without_pictures_or_words_is_refused(folder, dataset):
 @pytest.mark.parametrize("path", sorted(runs.CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_configurations_that_come_with_it_are_readable(path):
     assert runs.read_run(path.stem).samples > 0
+
+
+def test_a_sheet_is_of_what_was_scored(folder):
+    run_all(folder)
+    given = {"steps": None, "sheet": True, "captions": 3}
+    for encoders, recipe, cfg in (
+        ("no t5", None, None),
+        ("no t5", "flash-16", None),
+        ("zero clip", None, 1.5),
+    ):
+        asked = given | {"encoders": encoders, "recipe": recipe, "cfg": cfg}
+        commands.eval(Namespace(folder=folder, name=["second"], **asked), Toy())
+    sheets = list((folder / "sheets").glob("second-4-*.png"))
+    assert len(sheets) == 3 and len({path.read_bytes() for path in sheets}) == 3
+
+
+def test_a_merge_takes_no_trained_runs_place(folder):
+    run_all(folder)
+    trained = (folder / "second.pt").read_bytes()
+    given = options(folder, "second", "merge", ratio=0.5)
+    with pytest.raises(ValueError, match=r"second\.pt was not merged but trained"):
+        commands.merge(given, Toy())
+    assert (folder / "second.pt").read_bytes() == trained
+
+
+def test_a_student_is_not_adopted_as_its_own_teacher(folder):
+    commands.train(options(folder, "teacher", "teacher"), Toy())
+    given = options(folder, "teacher", "adopt", shipped="student")
+    given.name, given.set = "ready", ["teacher=ready"]
+    with pytest.raises(ValueError, match="student is a student of the run ready"):
+        commands.adopt(given, Toy())
+    given.set = []
+    commands.adopt(given, Toy())
+    given.name, given.set = "again", ["teacher=ready"]
+    with pytest.raises(ValueError, match=r"ready\.pt is no teacher's"):
+        commands.adopt(given, Toy())
+
+
+def test_a_score_that_cannot_be_noted_is_told(folder, capsys):
+    run_all(folder)
+    (folder / "evaluations.jsonl").mkdir()
+    given = {"steps": None, "cfg": None, "sheet": False, "captions": 3, "encoders": "no t5"}
+    with pytest.raises(OSError, match=r"evaluations\.jsonl cannot be written"):
+        commands.eval(Namespace(folder=folder, name=["second"], recipe=None, **given), Toy())
+    assert "name second  steps 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["teacher", "first"])
+def test_noise_is_of_stage_two_alone(folder, name):
+    run_all(folder)
+    given = Namespace(folder=folder, name=[name], device="cpu", batches=2)
+    with pytest.raises(ValueError, match=f"{name} is a run of .*: noise is measured of those of"):
+        commands.noise(given, Toy())
+
+
+def test_what_ships_is_noted_file_by_file(folder):
+    for names in (["fewstep-teacher"], ["fewstep-teacher", "fewstep-demo"]):
+        commands.shipped(Namespace(folder=folder, name=names, captions=12), Toy())
+    lines = [json.loads(line) for line in (folder / "shipped.jsonl").read_text().splitlines()]
+    student, teacher = ("fewstep-demo", 4), ("fewstep-teacher", 50)
+    seen = [(line["name"], line["steps"]) for line in lines]
+    assert seen == [teacher, student, ("fewstep-demo", 2), teacher]
+    assert lines[0]["overall"] == 0.3333 and lines[0]["captions"] == 12

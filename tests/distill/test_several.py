@@ -12,10 +12,8 @@ from fewstep.distill import several
 from fewstep.distill.few_step_lora import Plan, build
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_have_the_losses_of_one(tmp_path, sharded):
-    pytest.importorskip("accelerate")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = ["-m", "tests.distill.two_processes", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -87,10 +87,10 @@ def test_says_of_each_claim_whether_it_holds(tmp_path):
     assert "in 50 with CFG | 92.0 % | 93.0 % | no |" in claims
     assert "at least 90 % | 92.0 % | 90.0 % | yes |" in claims
     assert "0.95 of 4 steps | 88.0 % | 87.4 % | yes |" in claims
-    assert "seconds a picture | 0.100 s | 0.106 s | yes |" in claims
-    assert "seconds of sampling alone | 0.095 s | 0.094 s | no |" in claims
+    assert "seconds a picture | 19.0 times | 18.0 times | yes |" in claims
+    assert "seconds of sampling alone | 17.9 times | 18.0 times | no |" in claims
     assert "less than with it | 92.0 % | 91.0 % | yes |" in claims
-    assert "a picture of 512², cpu | 48.000 s | 56.000 s | yes |" in claims
+    assert "a picture of 512², cpu | 21.0 times | 18.0 times | yes |" in claims
     assert claims.count("| yes |") + claims.count("| no |") == 7  # of what was measured
 
 
@@ -128,4 +128,39 @@ def test_an_empty_log_gives_empty_tables(tmp_path):
     (tmp_path / "evaluations.jsonl").touch()
     lines = [line for line in page(tmp_path).splitlines() if line.startswith("|")]
     claimed = [line for line in lines if "|  |  | not measured |" in line]
-    assert len(claimed) == 11 and len(lines) == 16 + len(claimed)
+    assert len(claimed) == 12 and len(lines) == 18 + len(claimed)
+
+
+def test_a_stage_is_better_only_by_more_than_chance(tmp_path):
+    claim = "split-timestep fine-tuning above none by two standard errors"
+    alike = dict.fromkeys(CATEGORIES, 0.9)
+    lines = [evaluation("match", 0.9, **alike), evaluation("split", 0.95, **alike)]
+    log(tmp_path / "evaluations.jsonl", lines)
+    # thirds of 30 captions, of which two, three and one categories ask
+    error = (0.09 / 10 * (2**2 + 3**2 + 1) / 36) ** 0.5
+    bar = 90 + 200 * error * 2**0.5
+    assert f"{claim} | 95.0 % | {bar:.1f} % | no |" in page(tmp_path)
+    for line in lines:
+        line["captions"] = 30000
+    log(tmp_path / "evaluations.jsonl", lines)
+    assert f"{claim} | 95.0 % | 90.5 % | yes |" in page(tmp_path)
+
+
+def test_what_ships_is_told_by_each_scorer(tmp_path):
+    (tmp_path / "evaluations.jsonl").touch()
+    same = dict.fromkeys([*CATEGORIES, "right", "agree"], 0.5) | {"captions": 30, "sha256": "ab"}
+    lines = [
+        {"name": f"fewstep-{name}.gguf", "steps": steps, "cfg": cfg, "scorer": scorer}
+        | same
+        | {"overall": overall}
+        for name, steps, cfg, overall in (("demo", 4, 1.0, 0.97), ("teacher", 50, 2.0, 0.96))
+        for scorer in ("one", "two")
+    ]
+    lines[-1]["overall"] = 0.98
+    log(tmp_path / "shipped.jsonl", lines)
+    text = page(tmp_path)
+    assert "the files that ship, seen by one | 97.0 % | 96.0 % | yes |" in text
+    assert "the files that ship, seen by two | 97.0 % | 98.0 % | no |" in text
+    half = " | ".join(["50.0"] * 6)
+    assert f"| fewstep-demo.gguf | ab | 4 | 1 | one | {half} | 97.0 | 50.0 | 50.0 | 30 |" in text
+    assert "| shipped |" not in text

@@ -15,7 +15,7 @@ in_process.prepare()
 torch.set_num_threads(1)
 
 import comfy.sd  # noqa: E402
-from fewstep.distill.few_step_lora import METHODS, Plan, build, steps  # noqa: E402
+from fewstep.distill.few_step_lora import METHODS, Learned, Plan, build  # noqa: E402
 from fewstep.distill.several import ONE, processes  # noqa: E402
 from fewstep.host.adapters import block_lists  # noqa: E402
 from fewstep.host.training import training  # noqa: E402
@@ -45,12 +45,13 @@ def main(folder: Path) -> None:
             with training(model, prompts, negative, SHAPE, **plan.training(group)) as backbone:
                 states = folder / f"{together.number}-{group.count}"
                 task = build(plan, backbone, latents, states, processes=group)
-                losses = list(steps(task, plan.steps))
+                learned = Learned(task)
+                assert list(learned.steps(plan.steps))[-1] == plan.steps
                 task.draw()  # without gradient
                 row = {
                     "method": method,
                     "processes": group.count,
-                    "losses": losses,
+                    "losses": learned.losses,
                     "weights": size(task.weights().values()),
                     "kept": kept(backbone.model),
                 }

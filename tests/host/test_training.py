@@ -1,5 +1,6 @@
 """A host's MODEL as teacher, student and proxy: right velocities, right gradients, nothing left."""
 
+import sys
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -231,6 +232,12 @@ def test_what_cannot_be_learned_is_refused():
         open_training(model, positive=lost),
     ):
         pass
+    two = [[POSITIVE[0][0].repeat(2, 1, 1), POSITIVE[0][1]]]
+    with (
+        pytest.raises(ValueError, match="positive CONDITIONING holds 2 prompts in one entry"),
+        open_training(model, positive=two),
+    ):
+        pass
     bare, narrow = [POSITIVE[0][0], {}], [POSITIVE[0][0][..., :768], POSITIVE[0][1]]
     with open_training(model, positive=[bare, narrow]) as backbone:
         with pytest.raises(ValueError, match="positive CONDITIONING has no pooled_output"):
@@ -246,3 +253,21 @@ def test_what_cannot_be_learned_is_refused():
     ):
         pass
     assert not comfy.model_management.in_training
+
+
+def test_empty_latents_only_say_the_size():
+    model = plain(None)
+    empty, drawn = torch.zeros(3, 16, 4, 4), torch.ones(2, 16, 4, 4)
+    assert training.joined(model, [{"samples": empty}, {"samples": empty}]).shape == (1, 16, 4, 4)
+    assert torch.equal(training.joined(model, [{"samples": drawn}]), drawn)
+    with pytest.raises(ValueError, match="Some latents are pictures and some are empty"):
+        training.joined(model, [{"samples": drawn}, {"samples": empty}])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ulimit")
+def test_a_limit_on_the_process_counts_as_memory(monkeypatch):
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (0, resource.RLIM_INFINITY))
+    with pytest.raises(ValueError, match=r"cpu has 0\.00 free"):
+        training.check_memory(1, torch.device("cpu"))
