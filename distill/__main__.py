@@ -2,7 +2,7 @@
 
     python -m distill adopt | align | teacher | either | trajectory | match | split
     python -m distill merge | style | eval | time | noise | shipped | table | export
-    python -m distill trajectory | match --model FILE --text-encoder FILE … --prompts FILE
+    python -m distill trajectory | match | split --model FILE --text-encoder FILE … --prompts FILE
 
 The last makes a few-step LoRA of any flow model that ComfyUI loads (see `distill/host_run.py`); the
 others are of the miniature, and read a configuration (see `distill/configs`, `distill/runs.py`).
@@ -37,6 +37,12 @@ def at_least(low: int):
 def guidance(text: str) -> float:
     if not 0 <= (number := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no scale of guidance: 0 or more")
+    return number
+
+
+def share(text: str) -> float:
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share: 0 to 1")
     return number
 
 
@@ -75,8 +81,15 @@ def parse_arguments() -> argparse.Namespace:
             "--dry-run", action="store_true", help="one step: settings, memory, time; saves nothing"
         )
         stage.add_argument("--sheet-minutes", type=float, default=5.0, help="default 5")
-        if name in ("trajectory", "match"):
+        if name in ("trajectory", "match", "split"):
             add_model_options(stage)
+        if name == "split":
+            stage.add_argument(
+                "--ratio",
+                type=share,
+                default=0.5,
+                help="of the high branch in a LoRA of --model; default 0.5 (the miniature: merge)",
+            )
     merge = commands.add_parser("merge", help="merge the branches, at the ratio that scores best")
     merge.add_argument("--config", default="split")
     merge.add_argument("--name", type=run_name, help="of the run; default the configuration's")

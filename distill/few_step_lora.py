@@ -51,12 +51,20 @@ class Plan:
     seed: int = 0
     optimizer: str = "adamw"  # one of ADAMS; the others are bitsandbytes'
     dtype: str = "model"  # of activations: the MODEL's own, or one of DTYPES
+    ema: float = TrajectoryConfig.ema
+    clip: float = TrajectoryConfig.clip
     chords: tuple[float, ...] = TrajectoryConfig.chords  # of stage 1 alone
     # Of stage 2 alone: see MatchConfig.
     renoise: str = MatchConfig.renoise
+    last_sigma: float = MatchConfig.last_sigma
+    random_shift: float = MatchConfig.random_shift
+    proxy_warmup: int | None = None  # None: a quarter of the steps, MatchConfig's at most
     proxy_steps: int = MatchConfig.proxy_steps
+    proxy_rate: float | None = None  # None: twice `rate`, since the proxy has to follow
     ida: float = MatchConfig.ida
     adversarial: float = MatchConfig.adversarial
+    head_rate: float = MatchConfig.head_rate
+    restart: float = MatchConfig.restart
     branch: tuple[float, float] = MatchConfig.branch
 
     def __post_init__(self):
@@ -86,6 +94,8 @@ class Plan:
             "muon_rate": 0.0,
             "adam_rate": self.rate,
             "warmup": warmup,
+            "ema": self.ema,
+            "clip": self.clip,
             "seed": self.seed,
         }
 
@@ -98,15 +108,14 @@ class Plan:
         )
 
     def match(self) -> MatchConfig:
-        """The proxy learns faster than the student, whom it has to follow."""
+        warmup, rate = self.proxy_warmup, self.proxy_rate
+        usual = min(MatchConfig.proxy_warmup, self.steps // 4)
+        alike = "renoise last_sigma random_shift proxy_steps ida adversarial head_rate restart"
         return MatchConfig(
-            proxy_warmup=min(MatchConfig.proxy_warmup, self.steps // 4),
-            proxy_rate=2 * self.rate,
-            renoise=self.renoise,
-            proxy_steps=self.proxy_steps,
-            ida=self.ida,
-            adversarial=self.adversarial,
+            proxy_warmup=usual if warmup is None else warmup,
+            proxy_rate=2 * self.rate if rate is None else rate,
             branch=self.branch,
+            **{name: getattr(self, name) for name in alike.split()},
             **self._shared(),
         )
 

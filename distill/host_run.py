@@ -1,15 +1,15 @@
-"""`python -m distill trajectory|match --model FILE …`: the stages on a MODEL that ComfyUI loads.
+"""`python -m distill trajectory|match|split --model FILE …`: the stages on a MODEL of ComfyUI's.
 
 What is read once is kept in the folder: NAME-data.pt, the latents and the encoded prompts;
 NAME-states/, the teacher's trajectories. NAME.pt is the checkpoint from which a stopped run goes
 on, NAME.jsonl its losses, sheets/NAME/ sketches of what the student draws, NAME.safetensors the
-LoRA.
+LoRA. `split` trains NAME-low and NAME-high from one student, and NAME.safetensors merges them.
 """
 
 import hashlib
 import logging
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +25,7 @@ from . import folder as data
 from .commands import two_steps
 from .few_step_lora import Plan, build
 from .loop import Budget, check_config, load_checkpoint, save_atomically, train
+from .merge import BRANCHES, merge_loras
 from .runs import changed
 from .settings import check_settings
 from .several import One, processes
@@ -33,7 +34,7 @@ from .watch import Watch
 log = logging.getLogger(__name__)
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # uniform, shift 3, rounded
-METHODS = {"trajectory": "trajectory", "match": "matching"}
+METHODS = {"trajectory": "trajectory", "match": "matching", "split": "matching"}
 SMALLEST = 16  # pixels a side: a patch of latents
 GUIDANCE = 3.0  # of the teacher, where --set says nothing else
 
@@ -47,18 +48,43 @@ def run(options: Namespace) -> Path | None:
     together = processes(cpu=options.device == "cpu")
     if together.number:
         logging.getLogger().setLevel(logging.WARNING)
+    stage = _run
+    if options.command == "split":
+        if options.start is None:
+            raise ValueError("split goes on from a student: pass its LoRA as --start")
+        stage = _split
     if options.dry_run:
         with TemporaryDirectory() as passing:
             options.folder = Path(passing)
-            return _run(options, plan, name, together)
+            return stage(options, plan, name, together)
     options.folder.mkdir(parents=True, exist_ok=True)
-    return _run(options, plan, name, together)
+    return stage(options, plan, name, together)
 
 
-def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | None:
+def _split(options: Namespace, plan: Plan, name: str, together: One) -> Path | None:
+    """Both branches of stage 3, each as `_run` has it, and their merge."""
+    made = [
+        _run(options, replace(plan, branch=branch), f"{name}-{part}", together, name)
+        for part, branch in BRANCHES.items()
+    ]
+    if options.dry_run:
+        return None
+    path = options.folder / f"{name}.safetensors"
+    if together.number == 0:
+        low, high = (read_lora(str(one)) for one in made)
+        save_lora(merge_loras(low, high, options.ratio), path)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {options.ratio:g} of the high branch")
+    return path
+
+
+def _run(
+    options: Namespace, plan: Plan, name: str, together: One, shared: str | None = None
+) -> Path | None:
+    """`shared`: name before what is read once, if not the run's own."""
     start = None if options.start is None else read_lora(str(options.start))
+    shared = shared or name
     with together.first():
-        latents, positive, negative = dataset(options, options.folder / f"{name}-data.pt")
+        latents, positive, negative = dataset(options, options.folder / f"{shared}-data.pt")
     model = load_diffusion_model(str(options.model))
     latents = joined(model, [{"samples": latents, "downscale_ratio_spacial": 8}])
     shape = tuple(latents.shape[1:])
@@ -66,7 +92,7 @@ def _run(options: Namespace, plan: Plan, name: str, together: One) -> Path | Non
     with training(*given, **plan.training(together)) as backbone:
         if latents.any():
             latents = backbone.model.process_latent_in(latents)
-        states = options.folder / f"{name}-states"
+        states = options.folder / f"{shared}-states"
         told = [positive, negative]
         origin = {"model": Path(options.model).name, "prompts": fingerprint(told), "shape": shape}
         task = build(plan, backbone, latents, states, start, together, origin)

@@ -57,7 +57,10 @@ class MatchConfig(StudentConfig):
     # rate is a tenth of the proxy's, which then keeps up in two, at half the cost of a step.
     proxy_steps: int = 2
     proxy_rate: float = 2e-4  # ten times the student's: it is the student's to be followed
-    ida: float = 1.0  # share of itself that the proxy keeps after a step of the student
+    # Share of itself that the proxy keeps after a step of the student. 1: off, since here the loss
+    # falls without it; SenseFlow, whose critic takes 10 steps to the student's one, has 0.98 for
+    # SD3.5, and says that only so its matching converges.
+    ida: float = 1.0
     adversarial: float = 0.005  # weight of the heads in the student's loss; SwD 0.005 to 0.01
     head_rate: float = 1e-3  # small networks that start from nothing, again and again
     restart: float = 0.005  # chance a step that a head starts anew

@@ -28,7 +28,7 @@ from .kept import TEACHERS, checkpoint, model_of, schedule, weights_of
 from .loop import Budget, Done, Task, load_checkpoint, save_atomically, train
 from .match import MatchConfig, MatchTask
 from .memory import memory_needed
-from .merge import merge
+from .merge import BRANCHES, merge
 from .model import FlowModel, ModelConfig
 from .settings import check_settings
 from .style import StyleConfig, StyleTask
@@ -225,12 +225,11 @@ def branches(run: Run) -> tuple[Run, Run]:
     """The two runs of stage 3 that start from one student: low and high noise, parted at 0.5."""
     if run.stage != "match":
         raise ValueError(f"the configuration is for {run.stage}: only a match has two branches")
-    low = replace(run.settings, branch=(0.0, 0.5))
-    high = replace(run.settings, branch=(0.5, 1.0))
-    return (
-        replace(run, name=f"{run.name}-low", settings=low),
-        replace(run, name=f"{run.name}-high", settings=high),
+    low, high = (
+        replace(run, name=f"{run.name}-{part}", settings=replace(run.settings, branch=branch))
+        for part, branch in BRANCHES.items()
     )
+    return low, high
 
 
 def merged(folder: Path, run: Run, ratio: float) -> dict:

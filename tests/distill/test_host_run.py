@@ -92,6 +92,34 @@ def test_pictures_with_captions_and_a_lora_to_go_on_from(tmp_path):
     assert load_checkpoint(tmp_path / "two-data.pt")["latents"].shape == (2, 16, 4, 4)
 
 
+def test_branches_of_a_lora_merge_exactly(tmp_path):
+    """What the merge adds to a weight is the mean of what the branches add, by their shares."""
+    settings = ["steps=2", "guidance=2", "proxy_steps=1", "sigmas=[1, 0.75, 0.5, 0]"]
+    first = host_run.run(options(tmp_path, settings=["steps=2", settings[-1]]))
+    given = {"name": "two", "start": first, "ratio": 0.75}
+    path = host_run.run(options(tmp_path, "split", settings, **given))
+    low, high = (load_file(tmp_path / f"two-{part}.safetensors") for part in ("low", "high"))
+    merged, seen = load_file(path), 0
+
+    def added(lora, name):
+        up, down = (lora[f"{name}.lora_{part}.weight"].float() for part in ("up", "down"))
+        return up @ down * float(lora[f"{name}.alpha"]) / len(down)
+
+    for name in (key.removesuffix(".alpha") for key in merged if key.endswith(".alpha")):
+        expected = torch.lerp(added(low, name), added(high, name), 0.75)
+        off = (added(merged, name) - expected).norm()
+        assert off <= 0.02 * expected.norm(), name  # factors are kept in bfloat16
+        seen += not torch.equal(added(low, name), added(high, name))
+    assert seen > 10
+    assert [p.name for p in tmp_path.glob("two-data.pt")] == ["two-data.pt"]  # encoded once
+    assert not list(tmp_path.glob("two-*-data.pt"))
+
+
+def test_a_split_needs_a_student(tmp_path):
+    with pytest.raises(ValueError, match="split goes on from a student: pass its LoRA as --start"):
+        host_run.run(options(tmp_path, "split", ratio=0.5))
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [

@@ -1,18 +1,21 @@
 """The whole chain at half the depth and for minutes: what is learned shows."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 from fewstep.demo.miniature import Miniature
-from fewstep.distill import kept, runs
+from fewstep.distill import commands, kept, runs
+from fewstep.distill.merge import RATIOS
 from fewstep.flow import sample_euler, uniform
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 TUNED = ["start=null", "learn=", "depth=2", "t5_pieces=0", "compiled=false", "samples=24000"]
 TUNED += ["muon_rate=0.002", "adam_rate=0.001", "warmup=50", "ema=0.99"]
 STUDENT = ["mend=false", "chords=[]", "teacher_steps=16", "batches=12", "batch=32", "samples=12000"]
+MATCH = ["batch=16", "proxy_warmup=10"]
 STEPS = 16  # of the teacher
 
 
@@ -25,7 +28,7 @@ def trained(tmp_path_factory):
     for name, changes in (
         ("tuned", TUNED),
         ("trajectory", STUDENT),
-        ("match", ["start=trajectory", "batch=16", "samples=960", "proxy_warmup=10"]),
+        ("match", ["start=trajectory", *MATCH, "samples=960"]),
     ):
         known = "teacher" if name == "tuned" else name
         runs.train_run(runs.read_run(name, known, changes), folder, dataset)
@@ -73,4 +76,20 @@ def test_pictures_come_nearer_to_true_ones(trained):
         model = kept.load_model(folder, name, dataset)
         return dataset.evaluate(model, sigmas, cfg, 60, "no t5")["frechet"]
 
-    assert distance("match", 4, 1.0) < distance("teacher", 4, kept.GUIDANCE)
+    matched = distance("match", 4, 1.0)
+    assert matched < distance("teacher", 4, kept.GUIDANCE)
+    assert matched < 1.1 * distance("trajectory", 4, 1.0)
+
+
+def test_branches_are_trained_and_merged_at_the_best_ratio(trained, capsys):
+    folder, dataset, _ = trained
+    given = {"config": "split", "name": None, "device": "cpu", "folder": folder}
+    given |= {"set": ["start=match", *MATCH, "samples=320"], "dry_run": False, "ratio": None}
+    given |= {"sheet_minutes": 5.0, "captions": 60, "encoders": "no t5"}
+    commands.split(Namespace(**given), dataset)
+    commands.merge(Namespace(**given), dataset)
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+    scores = {line["ratio"]: (line["overall"], line["right"]) for line in lines}
+    assert sorted(scores) == list(RATIOS)
+    best = kept.checkpoint(folder, "split")["config"]["ratio"]
+    assert scores[best] == max(scores.values())

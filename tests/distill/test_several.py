@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -36,6 +37,21 @@ def test_two_processes_have_the_losses_of_one(tmp_path, sharded):
     (whole,) = {row["kept"] for row in rows if row["processes"] == 1}
     parts = {row["kept"] for row in rows if row["processes"] == 2}
     assert max(parts) <= (0.51 if sharded else 1) * whole
+
+
+def test_what_a_plan_says_of_a_stage_is_what_the_stage_is_told():
+    """Every setting that both have, but for those that the plan names otherwise."""
+    own = {"batch", "sigmas", "guidance", "seed", "rank", "clip", "ema", "branch", "renoise"}
+    given = {"ida": 0.9, "restart": 0.1, "last_sigma": 0.25, "random_shift": 2.0, "head_rate": 0.01}
+    given |= {"proxy_warmup": 3, "proxy_steps": 4, "proxy_rate": 0.02, "adversarial": 0.5}
+    given |= {"ema": 0.5, "clip": 2.0, "branch": (0.0, 0.5), "renoise": "levels", "seed": 7}
+    plan = Plan((1.0, 0.5, 0.0), "matching", **given, batch=3, guidance=2.0, rank=4)
+    config = plan.match()
+    shared = {f.name for f in fields(plan)} & {f.name for f in fields(config)}
+    assert shared == own | set(given)
+    assert all(getattr(plan, name) == getattr(config, name) for name in shared)
+    usual = Plan((1.0, 0.0), "matching", steps=40, rate=1e-3).match()
+    assert (usual.proxy_warmup, usual.proxy_rate, usual.adam_rate) == (10, 2e-3, 1e-3)
 
 
 class Three(several.One):
