@@ -57,11 +57,8 @@ def prepare(options: argparse.Namespace) -> None:
     from comfy.cli_args import args
 
     args.cpu = options.device == "cpu"
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    logging.disable(logging.INFO)  # what ComfyUI tells of itself as it starts
-    import comfy.sd  # noqa: F401
-
-    logging.disable(logging.NOTSET)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
+    logging.getLogger("fewstep").setLevel(logging.INFO)  # of ComfyUI only what is amiss
     if options.threads:
         torch.set_num_threads(options.threads)
 

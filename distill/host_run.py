@@ -47,7 +47,7 @@ def run(options: Namespace) -> Path | None:
     plan = read_plan(options.command, options.set)
     together = processes(cpu=options.device == "cpu")
     if together.number:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("fewstep").setLevel(logging.WARNING)
     stage = _run
     if options.command == "split":
         if options.start is None:

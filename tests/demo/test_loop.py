@@ -2,11 +2,16 @@
 
 import io
 import math
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from fewstep import run
 from fewstep.distill.loop import (
     Budget,
     Done,
@@ -261,3 +266,28 @@ def test_too_little_memory_does_not_make_a_file_damaged(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", load)
     with pytest.raises(MemoryError, match="too little memory to read it"):
         load_checkpoint(tmp_path / "run.pt")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+@pytest.mark.parametrize("saves", [1, 20])
+def test_a_process_killed_at_any_moment_is_gone_on_from(tmp_path, saves):
+    """In another process, whose every step is saved: killed in the midst of whatever it does."""
+    whole, path = Slope(), tmp_path / "run.pt"
+    train(whole, tmp_path / "whole.pt", Budget(samples=400), save_seconds=0)
+    program = (
+        "import pathlib, run, sys; run.load_pack(); from fewstep.tests.demo import test_loop as t; "
+        "t.train(t.Slope(), pathlib.Path(sys.argv[1]), t.Budget(samples=400), 0)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=run.ROOT)
+    seen = set()
+    while len(seen) < saves:
+        assert child.poll() is None
+        if path.exists():
+            seen.add(path.stat().st_mtime_ns)
+        time.sleep(0.001)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert 0 < load_checkpoint(path)["done"]["steps"] < 200
+    train(again := Slope(), path, Budget(samples=400))
+    assert torch.equal(again.weight, whole.weight)
+    assert not list(tmp_path.glob("*.tmp"))
