@@ -425,7 +425,9 @@ model of that size takes, its weights random, `python -m bench.distilled --out F
 trajectory: stage 1, whose ways are straight and end at the right picture nearest to the teacher's
 (`chords` and `mend` in `distill/trajectory.py`). trajectory-2: a second round, on ways of its own
 that are mended anew: so a student can be better than its teacher. match: stage 2. split: stage 3,
-merged. These two teach the four steps alone; two steps are what stage 1 has left of them.
+merged. These two teach the four steps alone; two steps are what stage 1 has left of them. plain,
+mended: a short stage 1 on the same trajectories, towards the teacher's own ends along its own ways
+(the paper's regression), and towards right ones along straight ways.
 
 Without T5's tokens. A picture: seconds through ComfyUI, text, sampling and VAE, one at a time, the
 runs in turns (`python -m distill time`); sampling: those of them that depend on the steps.{on}
