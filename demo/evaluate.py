@@ -1,5 +1,6 @@
 """Draw held-out captions with a trained model and score them, in plain torch: no server."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from ..host import modules
 from .captions import Caption, draw_captions
 from .prompts import tokenize
 from .score import Verdict, score
+
+log = logging.getLogger(__name__)
 
 # Some encoder's tokens left out, or zeros in their place.
 ENCODERS = ("both", "no t5", "zero t5", "no clip", "zero clip")
@@ -70,15 +73,24 @@ def draw_pictures(
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def drawn(draw, captions: Sequence[Caption], seed: int, batch: int = 50) -> list[np.ndarray]:
+    """What `draw(prompts, seed=…)` makes of the captions, so many at a time; the log says how far
+    it is.
+    """
+    pictures = []
+    for start in range(0, len(captions), batch):
+        prompts = [str(caption) for caption in captions[start : start + batch]]
+        pictures.extend(draw(prompts, seed=seed + start))
+        log.info("%d of %d pictures drawn", len(pictures), len(captions))
+    return pictures
+
+
 def score_captions(
     draw, number: int, kind: str, seed: int = 1, held_out: bool = True, batch: int = 50
 ) -> tuple[list[Caption], list[np.ndarray], list[Verdict]]:
     """Captions of a kind, the pictures that `draw(prompts, seed)` makes of them, and verdicts."""
     captions = draw_captions(np.random.default_rng(seed), number, (kind,), held_out)
-    pictures = []
-    for start in range(0, number, batch):
-        prompts = [str(caption) for caption in captions[start : start + batch]]
-        pictures.extend(draw(prompts, seed=seed + start))
+    pictures = drawn(draw, captions, seed, batch)
     return captions, pictures, [score(*pair) for pair in zip(pictures, captions, strict=True)]
 
 

@@ -1,6 +1,5 @@
 """The miniature as a data set for `python -m distill`: scenes to learn, sheets, and scores."""
 
-import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from ..host.loading import load_diffusion_model
 from ..quant import GGUFFile
 from . import categories, recipe
 from .captions import KINDS, draw_captions
-from .evaluate import contact_sheet, draw_pictures
+from .evaluate import contact_sheet, draw_pictures, drawn
 from .export import FILES, NAME, write_mmdit
 from .export import export as write_files
 from .ladder import Pictures
@@ -28,7 +27,6 @@ from .shipped import MODELS, load_shipped, read_weights
 from .styles import STYLES
 
 SHOWN = 20  # pictures of a sheet
-log = logging.getLogger(__name__)
 
 
 class Miniature:
@@ -84,14 +82,10 @@ class Miniature:
         """`demo.categories` on captions kept out of training, and "seconds" for a picture here."""
         seed, start = 1_000_001 if choosing else 1, time.perf_counter()
         wanted = categories.held_out(captions, seed)
-        draw = partial(draw_pictures, model, self.decode, cfg=cfg, encoders=encoders)
-        pictures = []
-        for at in range(0, captions, 50):
-            prompts = [str(caption) for caption in wanted[at : at + 50]]
-            pictures.append(draw(prompts, sigmas=sigmas, seed=seed + at))
-            log.info("%d of %d pictures drawn", at + len(prompts), captions)
+        options = {"sigmas": sigmas, "cfg": cfg, "encoders": encoders}
+        pictures = drawn(partial(draw_pictures, model, self.decode, **options), wanted, seed)
         seconds = (time.perf_counter() - start) / captions
-        scores = categories.judge(wanted, np.concatenate(pictures), self.vae.taesd_encoder)
+        scores = categories.judge(wanted, np.stack(pictures), self.vae.taesd_encoder)
         return scores | {"seconds": seconds}
 
     def quantised(self, model: FlowModel, recipe: str) -> FlowModel:

@@ -1,21 +1,19 @@
 """The files that ship, drawn by ComfyUI and judged twice: by `score` and by `second_look`."""
 
 import hashlib
-import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ..host.loading import load_diffusion_model
 from . import categories, score, second_look
+from .evaluate import drawn
 from .export import FILES
 from .ladder import Pictures
 
 SCORERS = {"outline": score.look, "hue and radius": second_look.look}
-BATCH = 50  # pictures at once
-
-log = logging.getLogger(__name__)
 
 
 def prove(models: Path, name: str, steps: Sequence[int], captions: int) -> Iterator[dict]:
@@ -29,13 +27,9 @@ def prove(models: Path, name: str, steps: Sequence[int], captions: int) -> Itera
     pictures, model = Pictures(models, path), load_diffusion_model(str(path))
     wanted = categories.held_out(captions)
     for number in steps:
-        drawn = []
-        for at in range(0, captions, BATCH):
-            prompts = [str(caption) for caption in wanted[at : at + BATCH]]
-            drawn += list(pictures.draw(model, prompts, seed=1 + at, steps=number))
-            log.info("%s: %d of %d pictures", name, len(drawn), captions)
+        seen = drawn(partial(pictures.draw, model, steps=number), wanted, seed=1)
         judged = {
-            scorer: [score.verdict(*look(p), c) for p, c in zip(drawn, wanted, strict=True)]
+            scorer: [score.verdict(*look(p), c) for p, c in zip(seen, wanted, strict=True)]
             for scorer, look in SCORERS.items()
         }
         right = np.array([[verdict.right for verdict in each] for each in judged.values()])

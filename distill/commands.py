@@ -15,12 +15,13 @@ from ..host.learned import save_whole
 from ..host.training import check_memory
 from . import kept, runs
 from .dataset import Dataset
+from .logs import EVALUATIONS, NOISE, SHIPPED, TIMES
 from .loop import Task, load_checkpoint, save_atomically
 from .lora import as_file
 from .merge import RATIOS
 from .noise import noise_scale
 from .runs import Run
-from .table import EVALUATIONS, NOISE, SHIPPED, TIMES, page
+from .table import page
 
 SHIPPED_STEPS = {"fewstep-demo": (4, 2), "fewstep-teacher": (50,)}
 
@@ -163,7 +164,7 @@ def _evaluate(
         "encoders": options.encoders,
         "captions": options.captions,
         **note,
-        **{key: round(value, 4) for key, value in scores.items()},
+        **scores,
     }
     _note(options.folder / EVALUATIONS, row)
     return scores
@@ -206,10 +207,10 @@ def time(options: Namespace, dataset: Dataset) -> None:
         row = {
             "name": name,
             "steps": len(kept.schedule(kept.checkpoint(options.folder, name)["config"])[0]) - 1,
-            "seconds": round(statistics.median(seconds), 4),
-            "sampling": round(statistics.median(sampling), 4),
-            "fastest": round(min(seconds), 4),
-            "slowest": round(max(seconds), 4),
+            "seconds": statistics.median(seconds),
+            "sampling": statistics.median(sampling),
+            "fastest": min(seconds),
+            "slowest": max(seconds),
             "turns": options.turns,
             "threads": torch.get_num_threads(),
             "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -219,13 +220,12 @@ def time(options: Namespace, dataset: Dataset) -> None:
 
 def shipped(options: Namespace, dataset: Dataset) -> None:
     """Score the files that ship, through ComfyUI and by both scorers."""
+    if odd := set(options.name) - set(SHIPPED_STEPS):
+        raise ValueError(f"no {min(odd)} ships: there are {' and '.join(SHIPPED_STEPS)}")
     for name, steps in SHIPPED_STEPS.items():
-        if name in options.name:
+        if name in options.name or not options.name:
             for row in dataset.prove(name, steps, options.captions):
-                _note(
-                    options.folder / SHIPPED,
-                    {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()},
-                )
+                _note(options.folder / SHIPPED, row)
 
 
 def noise(options: Namespace, dataset: Dataset) -> None:
@@ -256,7 +256,11 @@ def table(options: Namespace, dataset: Dataset) -> None:
 
 
 def _note(path: Path, row: dict) -> None:
-    """Print a line, and add it to a log. Raises: OSError naming a log that cannot be written."""
+    """Print a line, its numbers rounded, and add it to a log.
+
+    Raises: OSError naming a log that cannot be written.
+    """
+    row = {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     try:
         with path.open("a", encoding="utf-8") as file:

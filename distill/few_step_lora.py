@@ -9,7 +9,7 @@ teacher draws, as in SD3.5-Flash (arXiv 2509.21318), whose data are synthetic.
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +23,7 @@ from .loop import TrainingDiverged
 from .match import MatchConfig, MatchTask
 from .optimize import adam_of
 from .several import ONE, One
-from .student import StudentTask
+from .student import StudentConfig, StudentTask
 from .trajectory import TrajectoryConfig, TrajectoryTask
 
 log = logging.getLogger(__name__)
@@ -83,40 +83,24 @@ class Plan:
             "mesh": processes.mesh,
         }
 
-    def _shared(self) -> dict:
-        """What both stages are told; nothing of it concerns the miniature's text encoders."""
-        warmup = max(1, min(20, self.steps // 10))
-        return {
-            "sigmas": self.sigmas,
-            "guidance": self.guidance,
-            "rank": self.rank,
-            "batch": self.batch,
-            "muon_rate": 0.0,
-            "adam_rate": self.rate,
-            "warmup": warmup,
-            "ema": self.ema,
-            "clip": self.clip,
-            "seed": self.seed,
-        }
+    def _stage(self, kind: type, **others) -> StudentConfig:
+        """A stage's configuration: the settings that it shares with the plan, and `others`. What
+        is left out concerns the miniature's text encoders."""
+        alike = {field.name for field in fields(kind)} & {field.name for field in fields(self)}
+        others |= {"muon_rate": 0.0, "adam_rate": self.rate}
+        others["warmup"] = max(1, min(20, self.steps // 10))
+        return kind(**{name: getattr(self, name) for name in alike} | others)
 
     def trajectory(self) -> TrajectoryConfig:
-        return TrajectoryConfig(
-            teacher_steps=self.teacher_steps,
-            batches=self.trajectories,
-            chords=self.chords,
-            **self._shared(),
-        )
+        return self._stage(TrajectoryConfig, batches=self.trajectories)
 
     def match(self) -> MatchConfig:
         warmup, rate = self.proxy_warmup, self.proxy_rate
         usual = min(MatchConfig.proxy_warmup, self.steps // 4)
-        alike = "renoise last_sigma random_shift proxy_steps ida adversarial head_rate restart"
-        return MatchConfig(
+        return self._stage(
+            MatchConfig,
             proxy_warmup=usual if warmup is None else warmup,
             proxy_rate=2 * self.rate if rate is None else rate,
-            branch=self.branch,
-            **{name: getattr(self, name) for name in alike.split()},
-            **self._shared(),
         )
 
 

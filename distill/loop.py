@@ -162,9 +162,9 @@ def _interrupts() -> Iterator[list]:
     where it is ignored, as in a shell's background, it stays so.
     """
     pressed, before = [], signal.getsignal(signal.SIGINT)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    single = int(os.environ.get("WORLD_SIZE", "1")) == 1
     main = threading.current_thread() is threading.main_thread()
-    if not (alone and main) or before in (None, signal.SIG_IGN):
+    if not (single and main) or before in (None, signal.SIG_IGN):
         yield pressed
         return
 

@@ -17,9 +17,7 @@ RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 def merge(low: Mapping[str, Tensor], high: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
     """(1 − ratio)·low + ratio·high of two networks' weights. Raises: ValueError if they differ."""
-    if low.keys() != high.keys():
-        odd = sorted(low.keys() ^ high.keys())[0]
-        raise ValueError(f"only one of the two branches has {odd}: they are of different networks")
+    _check_alike(low, high)
     return {
         name: torch.lerp(value, high[name], ratio) if value.is_floating_point() else value
         for name, value in low.items()
@@ -34,9 +32,7 @@ def merge_loras(
 
     Raises: ValueError if they are of different layers.
     """
-    if low.keys() != high.keys():
-        odd = sorted(low.keys() ^ high.keys())[0]
-        raise ValueError(f"only one of the two branches has {odd}: they are of different networks")
+    _check_alike(low, high)
     merged = {}
     for name in (key.removesuffix(".alpha") for key in low if key.endswith(".alpha")):
         parts = ((low, 1 - ratio), (high, ratio))
@@ -46,3 +42,9 @@ def merge_loras(
         merged[f"{name}.lora_down.weight"] = torch.cat(downs)
         merged[f"{name}.alpha"] = torch.tensor(float(len(merged[f"{name}.lora_down.weight"])))
     return merged
+
+
+def _check_alike(low: Mapping[str, Tensor], high: Mapping[str, Tensor]) -> None:
+    if low.keys() != high.keys():
+        odd = sorted(low.keys() ^ high.keys())[0]
+        raise ValueError(f"only one of the two branches has {odd}: they are of different networks")

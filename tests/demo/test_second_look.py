@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 from fewstep.demo import score
 from fewstep.demo.captions import COLOURS, KINDS, SHAPES, draw_captions, parse_caption
-from fewstep.demo.scenes import draw
 from fewstep.demo.second_look import look
+from fewstep.tests.demo.test_score import pictures_of
 from scipy import ndimage
-
-
-def pictures_of(captions, seed=0):
-    drawn = draw(captions, np.random.default_rng(seed)).permute(0, 2, 3, 1).numpy()
-    return (255 * drawn).round().astype(np.uint8)
 
 
 def verdict(picture, caption):

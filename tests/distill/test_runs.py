@@ -3,92 +3,14 @@
 import json
 import re
 from argparse import Namespace
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from fewstep.distill import commands, kept, runs
 from fewstep.distill.loop import load_checkpoint
-from fewstep.distill.model import FlowModel
-from fewstep.flow import find_preset, preset_from_metadata, preset_to_metadata, uniform
-from fewstep.quant import GGUFFile, write_gguf
+from fewstep.flow import uniform
 from fewstep.tests.distill import toys
-from safetensors.torch import load_file
-
-SIZES = {"depth": 1, "text_width": 32, "text_heads": 2, "t5_pieces": 8, "batch": 4, "warmup": 2}
-STUDENT = {"batch": 4, "warmup": 2}
-MATCH = STUDENT | {"proxy_warmup": 0}
-
-
-class Toy:
-    """A data set whose every picture is a gray square, and whose score is a weight's size."""
-
-    vocabulary, widths = tuple(toys.WORDS), (1,) * 8
-
-    def batch(self, size, encoders, index):
-        latents, tokens = toys.data(index, size)
-        return latents, tokens[:, :encoders]
-
-    def mended(self, latents, index):
-        return latents + index
-
-    def styled(self, style, size, encoders, index):
-        return self.batch(size, encoders, index)[1], lambda latents: latents - 1
-
-    def sheet(self, model, sigmas, cfg, encoders="no t5"):
-        said = sum(map(len, (encoders, str(cfg)))) + model.mmdit.final_layer.linear.weight.norm()
-        return np.full((8, 8, 3), int(said), np.uint8)
-
-    def evaluate(self, model, sigmas, cfg, captions, encoders, choosing=False):
-        score = model.mmdit.final_layer.linear.weight.norm().item()
-        chosen = {"choosing": float(choosing), "steps drawn": len(sigmas) - 1}
-        return {"overall": score, "right": score / 2, **chosen}
-
-    def quantised(self, model, recipe):
-        model.mmdit.final_layer.linear.weight.mul_(int(recipe.removeprefix("flash-")))
-        return model
-
-    def prove(self, name, steps, captions):
-        return ({"name": name, "steps": n, "overall": 1 / 3, "captions": captions} for n in steps)
-
-    def through_host(self, folders, turns):
-        assert all((folder / "drawn.gguf").exists() for folder in folders)
-        return [[(2.0 + n, 1.5), (9.0, 2.5), (1.0, 0.5)] for n in range(len(folders))]
-
-    def shipped(self, name, config):
-        torch.manual_seed(len(name))
-        preset = find_preset("sd3.5-flash-experimental")
-        preset = preset if name == "student" else replace(preset, cfg=2.0)
-        return FlowModel(config, self.vocabulary), preset
-
-    def export(self, model, preset, folder, recipe, file):
-        folder.mkdir()
-        (folder / "drawn.gguf").touch()
-        path = folder / f"{preset.name.removeprefix('fewstep-')}.gguf"
-        weight = model.mmdit.final_layer.linear.weight.detach()
-        write_gguf(path, "sd3", preset_to_metadata(preset), [("final.weight", weight)])
-        return [path]
-
-
-def write(folder, name, stage, settings, **others):
-    described = {"stage": stage, "samples": 8, "settings": settings, **others}
-    (folder / f"{name}.json").write_text(json.dumps(described))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    write(tmp_path, "teacher", "teacher", SIZES)
-    write(tmp_path, "first", "trajectory", STUDENT | {"batches": 2}, teacher="teacher")
-    write(tmp_path, "second", "match", MATCH, teacher="teacher", start="first")
-    write(tmp_path, "third", "match", MATCH | {"ema": 0.5}, teacher="teacher", start="second")
-    return tmp_path
-
-
-def options(folder, name, command, **others):
-    given = {"command": command, "config": folder / f"{name}.json", "name": None, "set": []}
-    rest = {"dry_run": False, "folder": folder, "device": "cpu", "sheet_minutes": 0.0}
-    return Namespace(**given, **rest, **others)
+from fewstep.tests.distill.toy_runs import SIZES, STUDENT, Toy, options, run_all, write
 
 
 def test_aligns_before_the_teacher(folder):
@@ -150,13 +72,6 @@ def test_a_student_that_ships_is_drawn_and_gone_on_from_as_one(folder, capsys):
     assert "ready.gguf" in capsys.readouterr().out
 
 
-def run_all(folder):
-    commands.train(options(folder, "teacher", "teacher"), Toy())
-    commands.train(options(folder, "first", "trajectory"), Toy())
-    commands.train(options(folder, "second", "match"), Toy())
-    commands.split(options(folder, "third", "split"), Toy())
-
-
 def test_every_stage_runs_and_goes_on(folder, capsys):
     for _ in range(2):
         run_all(folder)
@@ -186,72 +101,10 @@ def test_a_run_leaves_losses_and_sheets(folder, monkeypatch):
     assert len(list((folder / "sheets" / "second").glob("*.png"))) == 2
 
 
-def test_a_run_is_drawn_with_by_its_name_alone(folder):
-    run_all(folder)
-    config = load_checkpoint(folder / "second.pt")["config"]
-    assert config["start"] == "first" and config["renoise"] == "shared"
-    given = {"steps": None, "cfg": None, "sheet": True, "captions": 3, "encoders": "no t5"}
-    given["recipe"] = None
-    for steps, drawn in ((None, 4), (2, 2)):
-        given["steps"] = steps
-        commands.eval(Namespace(folder=folder, name=["second"], **given), Toy())
-        row = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
-        assert (row["name"], row["cfg"], row["steps"]) == ("second", 1.0, drawn)
-    assert (folder / "sheets" / "second-4-no-t5.png").exists()
-    assert (row["renoise"], row["trained"]) == ("shared", 8) and "recipe" not in row
-    given["recipe"] = "flash-2"
-    commands.eval(Namespace(folder=folder, name=["second"], **given), Toy())
-    twice = json.loads((folder / "evaluations.jsonl").read_text().splitlines()[-1])
-    assert twice["recipe"] == "flash-2" and twice["overall"] == pytest.approx(
-        2 * row["overall"], abs=1e-3
-    )
-
-
-def test_runs_are_timed_from_their_files(folder):
-    run_all(folder)
-    given = Namespace(folder=folder, name=["teacher", "second"], turns=3, recipe="flash-8")
-    commands.time(given, Toy())
-    rows = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
-    seen = [[row[key] for key in ("name", "steps", "seconds", "sampling")] for row in rows]
-    assert seen == [["teacher", 50, 2.0, 1.5], ["second", 4, 3.0, 1.5]]
-
-
 def test_a_teacher_is_drawn_in_fifty_steps_with_guidance():
     sigmas, cfg = kept.schedule({"stage": "teacher"})
     assert len(sigmas) == 51 and cfg == 2.0
     assert torch.equal(kept.schedule({"stage": "teacher"}, 4)[0], uniform(4, 3.0))
-
-
-def test_a_runs_files_say_how_it_is_sampled(folder, capsys):
-    run_all(folder)
-    given = {"name": "second", "models": folder / "models", "recipe": "flash-8", "file": None}
-    commands.export(Namespace(folder=folder, **given), Toy())
-    file = GGUFFile(str(folder / "models" / "second.gguf"))
-    preset = preset_from_metadata(file.metadata)
-    assert (preset.name, preset.steps, preset.cfg) == ("fewstep-second", 4, 1.0)
-    expected = torch.tensor(runs.read_run(folder / "second.json").settings.sigmas)
-    assert torch.equal(preset.sigmas(), expected)
-    assert "second.gguf: 0.0 MB" in capsys.readouterr().out
-
-
-def test_a_student_on_chords_says_that_it_draws_in_fewer_steps(folder):
-    commands.train(options(folder, "teacher", "teacher"), Toy())
-    for name, chords, trained in (
-        ("straight", [1, 0], [2, 4]),
-        ("bent", [1, 0.75, 0], [2, 4]),
-        ("elsewhere", [1, 0.5, 0], [4]),
-        ("curved", [], [4]),
-    ):
-        settings = STUDENT | {"batches": 1, "chords": chords, "states": "shared"}
-        write(folder, name, "trajectory", settings, teacher="teacher")
-        commands.train(options(folder, name, "trajectory"), Toy())
-        write(folder, f"{name}-2", "match", MATCH, teacher="teacher", start=name)
-        commands.train(options(folder, f"{name}-2", "match"), Toy())
-        given = {"name": f"{name}-2", "models": folder / name, "recipe": "flash-8"}
-        commands.export(Namespace(folder=folder, **given, file="fewstep-few"), Toy())
-        preset = preset_from_metadata(GGUFFile(str(folder / name / "few.gguf")).metadata)
-        assert [len(row) - 1 for row in preset.rows] == trained, name
-        assert preset.label == "FewStep few" and preset.steps == 4
 
 
 def test_only_the_t5_learns_if_asked(folder):
@@ -263,42 +116,6 @@ def test_only_the_t5_learns_if_asked(folder):
     )
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("t5.") for name in changed)
-
-
-def test_a_style_is_exported_as_a_lora(folder, capsys):
-    run_all(folder)
-    write(folder, "dark", "style", STUDENT | {"style": "dark", "rank": 2}, teacher="second")
-    commands.train(options(folder, "dark", "style"), Toy())
-    given = {"name": "dark", "models": folder / "models", "recipe": "flash-8"}
-    commands.export(Namespace(folder=folder, **given), Toy())
-    path = folder / "models" / "loras" / "fewstep-dark.safetensors"
-    tensors = load_file(path)
-    name = "diffusion_model.joint_blocks.0.x_block.mlp.fc1.lora_down.weight"
-    assert tensors[name].shape[0] == 2 and tensors[name].dtype == torch.float16
-    assert "fewstep-dark.safetensors" in capsys.readouterr().out
-
-
-def test_dry_run_tells_and_saves_nothing(folder, capsys):
-    run_all(folder)
-    before = sorted(path.name for path in folder.iterdir())
-    given = options(folder, "second", "match")
-    given.dry_run, given.set = True, ["renoise=random", "samples=400"]
-    commands.train(given, Toy())
-    out = capsys.readouterr().out
-    assert (
-        "renoise: random" in out and "100 steps of 4 samples" in out and "0.0 GB of memory" in out
-    )
-    assert sorted(path.name for path in folder.iterdir()) == before
-
-
-def test_dry_run_of_stage_1_keeps_no_trajectory(folder, capsys):
-    commands.train(options(folder, "teacher", "teacher"), Toy())
-    before = sorted(path.name for path in folder.iterdir())
-    given = options(folder, "first", "trajectory")
-    given.dry_run = True
-    commands.train(given, Toy())
-    assert "2 steps of 4 samples" in capsys.readouterr().out
-    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 def test_text_may_begin_like_json(folder):
@@ -327,22 +144,6 @@ def test_a_run_goes_on_with_another_rate(folder):
     commands.train(given, Toy())
     (optimizer,) = load_checkpoint(folder / "second.pt")["task"]["optimizers"]
     assert optimizer["param_groups"][0]["peak"] == 1e-6
-
-
-def test_the_noise_of_runs_is_measured_as_each_was_trained(folder, capsys):
-    run_all(folder)
-    write(folder, "other", "match", MATCH | {"renoise": "random"}, teacher="teacher", start="first")
-    commands.train(options(folder, "other", "match"), Toy())
-    given = {"name": ["second", "other"], "batches": 2, "device": "cpu"}
-    commands.noise(Namespace(folder=folder, **given), Toy())
-    rows = [json.loads(line) for line in (folder / "noise.jsonl").read_text().splitlines()]
-    assert [row["renoise"] for row in rows] == ["shared"] * 4 + ["random"] * 4
-    with pytest.raises(ValueError, match="it is a merge"):
-        given["name"] = ["third"]
-        commands.merge(
-            options(folder, "third", "merge", ratio=0.5, captions=3, encoders="both"), Toy()
-        )
-        commands.noise(Namespace(folder=folder, **given), Toy())
 
 
 def test_too_little_memory_is_said_before_anything_is_trained(folder):
@@ -444,15 +245,6 @@ def test_nothing_that_was_trained_is_adopted_over(folder):
         commands.adopt(options(folder, "second", "adopt", shipped="toy"), Toy())
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 2.0, float("nan")])
-def test_a_ratio_that_is_no_share_is_refused(folder, ratio):
-    run_all(folder)
-    scored = {"captions": 3, "encoders": "both"}
-    with pytest.raises(ValueError, match=r"ratio is .*: expected a share from 0 to 1"):
-        commands.merge(options(folder, "third", "merge", ratio=ratio, **scored), Toy())
-    assert not (folder / "third.pt").exists()
-
-
 def test_names_what_is_missing(folder):
     with pytest.raises(ValueError, match=r"nothing\.json does not exist.*match.*teacher"):
         runs.read_run("nothing")
@@ -484,29 +276,6 @@ def test_configurations_that_come_with_it_are_readable(path):
     assert runs.read_run(path.stem).samples > 0
 
 
-def test_a_sheet_is_of_what_was_scored(folder):
-    run_all(folder)
-    given = {"steps": None, "sheet": True, "captions": 3}
-    for encoders, recipe, cfg in (
-        ("no t5", None, None),
-        ("no t5", "flash-16", None),
-        ("zero clip", None, 1.5),
-    ):
-        asked = given | {"encoders": encoders, "recipe": recipe, "cfg": cfg}
-        commands.eval(Namespace(folder=folder, name=["second"], **asked), Toy())
-    sheets = list((folder / "sheets").glob("second-4-*.png"))
-    assert len(sheets) == 3 and len({path.read_bytes() for path in sheets}) == 3
-
-
-def test_a_merge_takes_no_trained_runs_place(folder):
-    run_all(folder)
-    trained = (folder / "second.pt").read_bytes()
-    given = options(folder, "second", "merge", ratio=0.5)
-    with pytest.raises(ValueError, match=r"second\.pt was not merged but trained"):
-        commands.merge(given, Toy())
-    assert (folder / "second.pt").read_bytes() == trained
-
-
 def test_a_student_is_not_adopted_as_its_own_teacher(folder):
     commands.train(options(folder, "teacher", "teacher"), Toy())
     given = options(folder, "teacher", "adopt", shipped="student")
@@ -518,30 +287,3 @@ def test_a_student_is_not_adopted_as_its_own_teacher(folder):
     given.name, given.set = "again", ["teacher=ready"]
     with pytest.raises(ValueError, match=r"ready\.pt is no teacher's"):
         commands.adopt(given, Toy())
-
-
-def test_a_score_that_cannot_be_noted_is_told(folder, capsys):
-    run_all(folder)
-    (folder / "evaluations.jsonl").mkdir()
-    given = {"steps": None, "cfg": None, "sheet": False, "captions": 3, "encoders": "no t5"}
-    with pytest.raises(OSError, match=r"evaluations\.jsonl cannot be written"):
-        commands.eval(Namespace(folder=folder, name=["second"], recipe=None, **given), Toy())
-    assert "name second  steps 4" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["teacher", "first"])
-def test_noise_is_of_stage_two_alone(folder, name):
-    run_all(folder)
-    given = Namespace(folder=folder, name=[name], device="cpu", batches=2)
-    with pytest.raises(ValueError, match=f"{name} is a run of .*: noise is measured of those of"):
-        commands.noise(given, Toy())
-
-
-def test_what_ships_is_noted_file_by_file(folder):
-    for names in (["fewstep-teacher"], ["fewstep-teacher", "fewstep-demo"]):
-        commands.shipped(Namespace(folder=folder, name=names, captions=12), Toy())
-    lines = [json.loads(line) for line in (folder / "shipped.jsonl").read_text().splitlines()]
-    student, teacher = ("fewstep-demo", 4), ("fewstep-teacher", 50)
-    seen = [(line["name"], line["steps"]) for line in lines]
-    assert seen == [teacher, student, ("fewstep-demo", 2), teacher]
-    assert lines[0]["overall"] == 0.3333 and lines[0]["captions"] == 12

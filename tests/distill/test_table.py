@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from fewstep.distill.table import CATEGORIES, page, rows
+from fewstep.distill.logs import CATEGORIES, rows
+from fewstep.distill.table import page
 
 
 def log(path, lines):

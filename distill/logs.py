@@ -1,0 +1,89 @@
+"""What the runs of a folder have logged, read again.
+
+Of several lines that measure the same thing the last one counts.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+CATEGORIES = (
+    "single object",
+    "two objects",
+    "counting",
+    "colours",
+    "position",
+    "attribute binding",
+)
+# Those that the same captions are asked about, a third of all captions each.
+ALIKE = (
+    ("single object", "colours"),
+    ("two objects", "position", "attribute binding"),
+    ("counting",),
+)
+# in a folder of runs
+EVALUATIONS, NOISE, TIMES = "evaluations.jsonl", "noise.jsonl", "times.jsonl"
+SHIPPED = "shipped.jsonl"
+FULL_SIZE = "distilled-*.json"  # there too: what `python -m bench.distilled` measured
+PLAIN = "no t5"  # the encoders with which runs are compared
+_SAME = (
+    "name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "renoise", "sigma", "scorer"
+)  # fmt: skip
+
+
+def rows(path: Path) -> list[dict]:
+    """The lines of a JSON Lines file; none if there is no file. Raises: ValueError naming a line
+    that is no object.
+    """
+    if not path.exists():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            lines.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number}, is no JSON object: delete the line"
+            ) from error
+    return list({tuple(row.get(key) for key in _SAME): row for row in lines}.values())
+
+
+def full_size(folder: Path) -> list[tuple[str, float, float]]:
+    """(picture and device, student's, teacher's seconds a picture) of models in full size: medians
+    of the turns.
+    """
+    found = []
+    for path in sorted(folder.glob(FULL_SIZE)):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            seconds = {
+                name: statistics.median(sum(turn[name].values()) for turn in row["turns"])
+                for name in row["turns"][0]
+            }
+            what = f"{row['pixels']}², {result['setting']['device']}"
+            found.append((what, seconds["student"], seconds["teacher"]))
+    return found
+
+
+def sharing(evaluations: list[dict]) -> dict[str, list[dict]]:
+    """Runs that differ in re-noising and seed alone, by re-noising: "shared" and "random"."""
+    groups = defaultdict(lambda: defaultdict(dict))
+    for row in evaluations:
+        if row.get("stage") == "match" and row["encoders"] == PLAIN and "recipe" not in row:
+            alike = row["trained"], row["steps"], row["captions"]
+            groups[alike][row["renoise"]][row["seed"]] = row
+    both = [group for group in groups.values() if len(group) > 1]
+    chosen = max(both, key=lambda group: sum(map(len, group.values())), default={})
+    return {how: list(chosen[how].values()) for how in sorted(chosen, reverse=True)}
+
+
+def error(row: dict) -> float:
+    """Standard error of a row's "overall", as if a caption were right in all its categories or in
+    none: each share is a binomial one.
+    """
+    variance = 0.0
+    for names in ALIKE:
+        share, weight = statistics.mean(row[name] for name in names), len(names) / len(CATEGORIES)
+        variance += weight**2 * share * (1 - share) / (row["captions"] / len(ALIKE))
+    return variance**0.5
