@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .numba_jit import ZERO, f4, jit
-from .numba_tile import COLUMNS, ROWS, interleave, make_tile, pack, pack_rows
+from .numba_tile import COLUMNS, ROWS, hold, interleave, make_tile, pack, pack_rows, release
 from .numba_vector import (
     LANES,
+    aligned,
     biggest_lane,
     floats,
     helper,
@@ -92,12 +93,12 @@ def _pack_values(v, at, step, keys, padded, width, panel):
 def _attend(q, k, v, out, first, end, heads, rows, keys, width, scale):
     """Heads first … end of all pictures' heads; arrays (pictures, tokens, heads, width), flat."""
     padded, pairs, step = -(-keys // _STEP) * _STEP, width // 2, heads * width
-    key_panel, row = np.empty(padded * pairs, np.float32), np.empty(LANES * pairs, np.float32)
-    value_panel = np.empty(padded * pairs, np.float32)
-    a, s = np.zeros(ROWS * pairs, np.float32), np.empty(ROWS * padded, np.float32)
-    p, o = np.zeros(ROWS * padded // 2, np.float32), np.empty(ROWS * width, np.float32)
-    share, lanes = np.empty(ROWS, np.float32), np.empty(LANES, np.float32)
-    factor = f4(scale * _LOG2_E)
+    key_panel, value_panel = aligned(padded * pairs), aligned(padded * pairs)
+    row, o = aligned(LANES * pairs), aligned(ROWS * width)
+    a, s, p = aligned(ROWS * pairs), aligned(ROWS * padded), aligned(ROWS * padded // 2)
+    a[:], p[:] = ZERO, ZERO
+    share, lanes = aligned(ROWS), aligned(LANES)
+    factor, held = f4(scale * _LOG2_E), hold()
     for head in range(first, end):
         at = (head // heads * keys * heads + head % heads) * width
         pack_rows(k, at, step, keys, 0, padded, width, row, key_panel)
@@ -121,6 +122,7 @@ def _attend(q, k, v, out, first, end, heads, rows, keys, width, scale):
                 for i in range(0, width, LANES):
                     place = at + (start + r) * step + i
                     store(out, place, load(o, r * width + i) * share[r])
+    release(held)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

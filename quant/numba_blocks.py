@@ -11,7 +11,18 @@ import torch
 from gguf.quants import IQ4_NL, MXFP4
 
 from .microscaling import e8m0_half, ue4m3_half
-from .numba_bytes import half, join, lanes_of, load_signed, long, look_up, put, short, word
+from .numba_bytes import (
+    half,
+    join,
+    lanes_of,
+    load_signed,
+    long,
+    look_up,
+    put,
+    put_subnormal,
+    short,
+    word,
+)
 from .numba_jit import f4, half_value, jit
 from .numba_vector import floats, helper, load_bytes, select, splat
 
@@ -88,8 +99,8 @@ def mxfp4(data, out):
     for b in range(len(out) // 32):
         at, to = 17 * b, 32 * b
         d, q = _E8M0[data[at]], load_bytes(data, at + 1)
-        put(out, to, floats(_e2m1(q & 15)) * d)
-        put(out, to + 16, floats(_e2m1(q >> 4)) * d)
+        put_subnormal(out, to, floats(_e2m1(q & 15)) * d)
+        put_subnormal(out, to + 16, floats(_e2m1(q >> 4)) * d)
 
 
 @jit

@@ -20,6 +20,8 @@ from .numba_vector import (
     LOWERED,
     MASK,
     WORD,
+    BFloat,
+    call,
     constant,
     define,
     pointer,
@@ -117,10 +119,7 @@ def look_up(values: Sequence[int]) -> Callable:
     def _(builder, v):
         v = builder.trunc(v, BYTES)
         if FEATURES.get("ssse3"):
-            kind, name = ir.FunctionType(BYTES, [BYTES, BYTES]), "llvm.x86.ssse3.pshuf.b.128"
-            known = builder.module.globals
-            shuffle = known[name] if name in known else ir.Function(builder.module, kind, name)
-            found = builder.call(shuffle, [table, v])
+            found = call(builder, "llvm.x86.ssse3.pshuf.b.128", BYTES, table, v)
         else:
             found = ir.Constant(BYTES, [int(values[0])] * LANES)
             for k in range(1, LANES):
@@ -133,33 +132,49 @@ def look_up(values: Sequence[int]) -> Callable:
 
 
 def put(array, at, v):
-    """Sixteen float32 into an array of float32, or, rounded as torch rounds them (half to even,
-    every NaN alike), into one of uint16: bfloat16's bits.
+    """Sixteen float32 into an array of float32, or, rounded half to even, into one of uint16:
+    bfloat16's bits. NaN stays NaN; subnormal numbers may become zeros.
     """
 
 
-@type_callable(put)
-def _(context):
+def put_subnormal(array, at, v):
+    """As `put`, but subnormal numbers stay what they are."""
+
+
+def _writes(function: Callable, rounded: Callable) -> None:
+    """Type and lower it; `rounded` makes bfloat16's bits of a vector."""
+
     def typed(array, at, v):
         fits = isinstance(array, types.Array) and array.dtype in (types.float32, types.uint16)
         return signature(types.none, array, types.intp, v) if fits and v == FLOATS else None
 
-    return typed
+    type_callable(function)(lambda context: typed)
+
+    @lower_builtin(function, types.Array, types.intp, FLOATS)
+    def _(context, builder, sig, args):
+        array, at, v = args
+        if sig.args[0].dtype == types.float32:
+            place = pointer(context, builder, sig.args[0], array, at, LOWERED[FLOATS])
+            builder.store(v, place, align=4)
+        else:
+            place = pointer(context, builder, sig.args[0], array, at, _SHORTS)
+            builder.store(rounded(builder, v), place, align=2)
+        return context.get_dummy_value()
 
 
-@lower_builtin(put, types.Array, types.intp, FLOATS)
-def _(context, builder, sig, args):
-    array, at, v = args
-    if sig.args[0].dtype == types.float32:
-        place = pointer(context, builder, sig.args[0], array, at, LOWERED[FLOATS])
-        builder.store(v, place, align=4)
-    else:
-        bits = builder.bitcast(v, LOWERED[INTS])
-        odd = builder.and_(builder.lshr(bits, constant(INTS, 16)), constant(INTS, 1))
-        rounded = builder.add(builder.add(bits, constant(INTS, 0x7FFF)), odd)
-        nan = builder.fcmp_unordered("uno", v, v)
-        rounded = builder.select(nan, constant(INTS, 0x7FC00000), rounded)
-        short = builder.trunc(builder.lshr(rounded, constant(INTS, 16)), _SHORTS)
-        place = pointer(context, builder, sig.args[0], array, at, _SHORTS)
-        builder.store(short, place, align=2)
-    return context.get_dummy_value()
+def _by_integers(builder, v):
+    bits = builder.bitcast(v, LOWERED[INTS])
+    odd = builder.and_(builder.lshr(bits, constant(INTS, 16)), constant(INTS, 1))
+    rounded = builder.add(builder.add(bits, constant(INTS, 0x7FFF)), odd)
+    nan = builder.fcmp_unordered("uno", v, v)
+    rounded = builder.select(nan, constant(INTS, 0x7FC00000), rounded)
+    return builder.trunc(builder.lshr(rounded, constant(INTS, 16)), _SHORTS)
+
+
+def _by_instruction(builder, v):
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    return builder.bitcast(call(builder, name, ir.VectorType(BFloat(), LANES), v), _SHORTS)
+
+
+_writes(put, _by_instruction if FEATURES.get("avx512bf16") else _by_integers)
+_writes(put_subnormal, _by_integers)

@@ -9,12 +9,11 @@ products. Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Netw
 A thread turns a block of tiles at a time, and multiplies it with all filters while it is in cache.
 """
 
-import numpy as np
 from torch import Tensor
 
 from .numba_jit import ZERO, f4, jit
 from .numba_tile import ROWS, make_tile
-from .numba_vector import LANES, helper, load, splat, store
+from .numba_vector import LANES, aligned, helper, load, splat, store
 from .threads import in_threads
 
 _OUT, _SIDE = 4, 6  # of what comes of a tile, and of a tile
@@ -69,7 +68,7 @@ def _turn_filters(weight, channels, outputs, first, end, panels):
     """weight (9, channels, outputs) -> panels (outputs / 16, 36, channels, 16), both flat, of the
     channels first … end.
     """
-    half, step = np.empty(3 * _SIDE * LANES, np.float32), channels * outputs
+    half, step = aligned(3 * _SIDE * LANES), channels * outputs
     for channel in range(first, end):
         for k in range(0, outputs, LANES):
             for c in range(3):
@@ -130,8 +129,9 @@ def _turn_sums(sums, at, plane, added, room, out, n, height, width, outputs, k):
 def _convolve(x, height, width, channels, panels, outputs, bias, out, first, end):
     """Tiles first … end of x (pictures, height, width, channels) -> out (…, outputs), both flat."""
     block = min(_BLOCK, -(-(end - first) // ROWS) * ROWS)
-    inputs, plane = np.zeros(PLANES * block * channels, np.float32), block * channels
-    sums, room = np.empty(PLANES * block * LANES, np.float32), np.empty(2 * PLANES * LANES, f4)
+    inputs, plane = aligned(PLANES * block * channels), block * channels
+    inputs[:] = ZERO
+    sums, room = aligned(PLANES * block * LANES), aligned(2 * PLANES * LANES)
     for begin in range(first, end, block):
         count = min(block, end - begin)
         for n in range(count):

@@ -6,6 +6,8 @@ the vectors meet it. So neither the unpacked matrix nor the vectors' and the res
 through memory; sums, bias and results are float32.
 """
 
+from math import lcm
+
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
@@ -14,8 +16,8 @@ from torch.nn.functional import pad
 
 from .numba_dequant import kernel
 from .numba_jit import jit
-from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, make_tile, pack_rows
-from .numba_vector import LANES, helper, load, store, transpose
+from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, hold, make_tile, pack_rows, release
+from .numba_vector import LANES, aligned, helper, load, store, transpose
 from .threads import in_threads
 from .types import PLAIN_QTYPES
 
@@ -23,16 +25,16 @@ LowRank = tuple[Tensor, Tensor]
 
 UNPACKED = PLAIN_QTYPES[DTYPE]  # of a matrix as it is multiplied
 _STEP = 4 * LANES  # vectors that meet a tile at once
-_SLICE, _MOST = 48, 384  # rows: whole ROWS and whole LANES; so many of a tile, at the most
+_SLICE, _MOST = lcm(ROWS, LANES), 384  # rows: so many of a tile, at the least and the most
 _LARGEST = 2**19 * NUMBERS  # weights of a tile: 2 MiB
 _DEPTH = 768  # numbers or pairs that meet before the next rows do: 192 KiB of _STEP vectors
 _NONE = np.empty(0, np.float32)
-_tile_1, _tile_2, _tile_3, _tile_4 = (make_tile(n, adds=True) for n in (1, 2, 3, 4))
+_tile_1, _tile_2, _tile_3, _tile_4 = (make_tile(min(n, COLUMNS), adds=True) for n in (1, 2, 3, 4))
 
 
 @jit
 def _pack(x, vectors, width, first, end, panel):
-    row = np.empty(LANES * width // NUMBERS, np.float32)
+    row = aligned(LANES * width // NUMBERS)
     pack_rows(x, 0, width, vectors, first, end, width, row, panel)
 
 
@@ -74,7 +76,8 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
 
     a and up are read by whole ROWS; for the panels see `pack_rows`.
     """
-    sums, square = np.empty(_MOST * _STEP, np.float32), np.empty(LANES * LANES, np.float32)
+    sums, square = aligned(_MOST * _STEP), aligned(LANES * LANES)
+    held = hold()
     for vector in range(first, end, _STEP):
         sums[:] = np.float32(0)
         vectors = min(_STEP, end - vector)
@@ -91,6 +94,7 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
                 for i in range(min(LANES, end - vector - c)):
                     place = (vector + c + i) * step + row + r
                     store(out, place, load(square, i * LANES) + added)
+    release(held)
 
 
 def low_rank(up: Tensor, down: Tensor) -> LowRank:
@@ -117,11 +121,11 @@ def linear(
     unpack = kernel(qtype) if qtype != UNPACKED else None
     padded, out = -(-vectors // LANES) * LANES, torch.empty(vectors, rows)
     added = torch.zeros(rows) if bias is None else bias.float().contiguous()
-    panel, added = np.empty(padded * depth, np.float32), added.numpy()
+    panel, added = torch.empty(padded * depth).numpy(), added.numpy()
     flat, result = x.contiguous().view(-1).numpy(), out.view(-1).numpy()
     up, down = (_NONE, _NONE) if factors is None else (_flat(factor) for factor in factors)
     rank = 0 if factors is None else factors[0].shape[1]
-    low, low_panel = (np.empty(padded * n, np.float32) for n in (rank, rank // NUMBERS))
+    low, low_panel = (torch.empty(padded * n).numpy() for n in (rank, rank // NUMBERS))
     zeros = np.zeros(rank, np.float32)
 
     def pack(first: int, end: int) -> None:
@@ -139,7 +143,7 @@ def linear(
     step = max(_SLICE, min(_MOST, _LARGEST // columns, share + _SLICE - 1) // _SLICE * _SLICE)
 
     def work(first: int, end: int) -> None:
-        a = np.empty(step * depth, np.float32)
+        a = torch.empty(step * depth).numpy()
         as_numbers = a.view(np.uint16) if NUMBERS == 2 else a
         for row in range(first * step, min(end * step, rows), step):
             count = min(step, rows - row)

@@ -1,5 +1,5 @@
-"""Products of matrices in registers: of bfloat16, by the instruction of AVX-512 BF16 that sums
-pairs; on CPUs that have no more than AVX2 of float32, by fused multiplication and addition.
+"""Products of matrices in registers: of bfloat16, by AMX or the instruction of AVX-512 BF16 that
+sums pairs; on CPUs that have no more than AVX2 of float32, by fused multiplication and addition.
 
 One factor is read row by row, a number at a time, spread over a vector; of the other a vector holds
 a number of each of sixteen columns. For bfloat16 a pair of neighbours takes a number's place. All
@@ -7,6 +7,8 @@ sums are in float32.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from llvmlite import ir
@@ -15,6 +17,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
+from . import numba_amx as amx
 from .numba_jit import FEATURES, ZERO
 from .numba_vector import (
     FLOATS,
@@ -22,6 +25,8 @@ from .numba_vector import (
     LANES,
     LOWERED,
     WORD,
+    BFloat,
+    call,
     define,
     helper,
     load,
@@ -31,35 +36,23 @@ from .numba_vector import (
     transpose,
 )
 
-# With AMX torch is faster, and with AVX-512 alone its float32 is not measured.
-PAIRS = FEATURES.get("avx512bf16", False) and not FEATURES.get("amx-bf16", False)
+# With AMX that we may not use torch is faster; with AVX-512 alone its float32 is not measured.
+PAIRS = FEATURES.get("avx512bf16", False) and FEATURES.get("amx-bf16", False) == amx.SUPPORTED
+_TILES = PAIRS and amx.SUPPORTED
 _SINGLES = all(FEATURES.get(name, False) for name in ("avx2", "fma"))
 SUPPORTED = PAIRS or (_SINGLES and not FEATURES.get("avx512f", False))
 DTYPE, NUMBERS = (torch.bfloat16, 2) if PAIRS else (torch.float32, 1)  # in the place of a float32
 # Of a tile, in queries and vectors: 24 sums of 32 registers; or 6 of two registers each, of 16.
-ROWS, COLUMNS = 6, 4 if PAIRS else 1
+ROWS, COLUMNS = (amx.ROWS, amx.COLUMNS) if _TILES else (6, 4 if PAIRS else 1)
 
 
-class _BFloat(ir.Type):
-    null, intrinsic_name = "0.0", "bf16"
-
-    def _to_string(self):
-        return "bfloat"
-
-
-_PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_PAIRS = ir.VectorType(BFloat(), 2 * LANES)
 _SUM_OF_PAIRS = "llvm.x86.avx512bf16.dpbf16ps.512"
-
-
-def _call(builder, name, result, *arguments):
-    kind, known = ir.FunctionType(result, [a.type for a in arguments]), builder.module.globals
-    function = known[name] if name in known else ir.Function(builder.module, kind, name)
-    return builder.call(function, arguments)
 
 
 def _rounded(builder, low, high):
     """<32 x bfloat>: two vectors of float32, one after the other."""
-    return _call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, high, low)
+    return call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", _PAIRS, high, low)
 
 
 def pack(low, high):
@@ -81,6 +74,22 @@ def _(builder, low, high):
     lanes = [lane + side for lane in range(LANES) for side in (0, LANES)]
     mask = ir.Constant(ir.VectorType(WORD, 2 * LANES), lanes)
     return builder.bitcast(builder.shuffle_vector(both, both, mask), LOWERED[FLOATS])
+
+
+class Operand(NamedTuple):
+    """A matrix as a tile is given it: `reach` makes a pointer of an index and a type; the index
+    where it begins; the step from one of its rows (or columns) to the next.
+    """
+
+    builder: ir.IRBuilder
+    reach: Callable
+    first: ir.Value
+    step: ir.Value
+
+    def at(self, n: int, kind: ir.Type, more: ir.Value):
+        """A pointer to `kind`, `more` numbers from the beginning of row n."""
+        start = self.builder.mul(self.step, ir.Constant(self.step.type, n))
+        return self.reach(self.builder.add(self.builder.add(self.first, start), more), kind)
 
 
 def make_tile(columns: int, adds: bool = False) -> Callable:
@@ -105,42 +114,41 @@ def make_tile(columns: int, adds: bool = False) -> Callable:
 
     @lower_builtin(tile, *array, *array, types.intp, *array)
     def _(context, builder, sig, args):
-        a, a_at, a_step, b, b_at, b_step, depth, out, out_at, out_step = args
-        size, vector = a_at.type, LOWERED[FLOATS]
-
-        def at(start, step, n):
-            return builder.add(start, builder.mul(step, ir.Constant(size, n)))
-
-        def reach(argument, array, start, kind):
-            return pointer(context, builder, sig.args[argument], array, start, kind)
-
-        targets = {
-            (r, c): reach(7, out, at(at(out_at, out_step, r), ir.Constant(size, LANES), c), vector)
-            for r in range(ROWS)
-            for c in range(columns)
-        }
-        zero = ir.Constant(vector, [0.0] * LANES)
-        sums = {
-            key: cgutils.alloca_once_value(builder, builder.load(t, align=4) if adds else zero)
-            for key, t in targets.items()
-        }
-        with cgutils.for_range(builder, depth, intp=size) as loop:
-            shift = builder.mul(loop.index, ir.Constant(size, LANES))
-            vectors = []
-            for c in range(columns):
-                start = builder.add(at(b_at, b_step, c), shift)
-                vectors.append(builder.load(reach(3, b, start, vector), align=4))
-            for r in range(ROWS):
-                start = builder.add(at(a_at, a_step, r), loop.index)
-                row = _spread(builder, builder.load(reach(0, a, start, WORD), align=4))
-                for c, column in enumerate(vectors):
-                    total = _added(builder, builder.load(sums[r, c]), row, column)
-                    builder.store(total, sums[r, c])
-        for key, target in targets.items():
-            builder.store(builder.load(sums[key]), target, align=4)
+        reach = partial(pointer, context, builder)
+        a, b, out = (
+            Operand(builder, partial(reach, sig.args[n], args[n]), *args[n + 1 : n + 3])
+            for n in (0, 3, 7)
+        )
+        emit = amx.multiply if _TILES else _multiply
+        emit(builder, columns, adds, args[6], a, b, out)
         return context.get_dummy_value()
 
     return tile
+
+
+def _multiply(builder, columns, adds, depth, a, b, out):
+    """What a tile compiles to, in vectors."""
+    size, vector = depth.type, LOWERED[FLOATS]
+    targets = {
+        (r, c): out.at(r, vector, ir.Constant(size, c * LANES))
+        for r in range(ROWS)
+        for c in range(columns)
+    }
+    zero = ir.Constant(vector, [0.0] * LANES)
+    sums = {
+        key: cgutils.alloca_once_value(builder, builder.load(t, align=4) if adds else zero)
+        for key, t in targets.items()
+    }
+    with cgutils.for_range(builder, depth, intp=size) as loop:
+        shift = builder.mul(loop.index, ir.Constant(size, LANES))
+        vectors = [builder.load(b.at(c, vector, shift), align=4) for c in range(columns)]
+        for r in range(ROWS):
+            row = _spread(builder, builder.load(a.at(r, WORD, loop.index), align=4))
+            for c, column in enumerate(vectors):
+                total = _added(builder, builder.load(sums[r, c]), row, column)
+                builder.store(total, sums[r, c])
+    for key, target in targets.items():
+        builder.store(builder.load(sums[key]), target, align=4)
 
 
 def _spread(builder, word):
@@ -154,8 +162,8 @@ def _added(builder, total, row, column):
     """total + row · column, each lane for itself."""
     if PAIRS:
         row, column = (builder.bitcast(factor, _PAIRS) for factor in (row, column))
-        return _call(builder, _SUM_OF_PAIRS, LOWERED[FLOATS], total, row, column)
-    return _call(builder, f"llvm.fma.v{LANES}f32", LOWERED[FLOATS], row, column, total)
+        return call(builder, _SUM_OF_PAIRS, LOWERED[FLOATS], total, row, column)
+    return call(builder, f"llvm.fma.v{LANES}f32", LOWERED[FLOATS], row, column, total)
 
 
 @helper
@@ -182,3 +190,17 @@ def pack_rows(x, at, step, rows, first, end, width, row, panel):
                 store(row, j * depth + i, v)
         for i in range(0, depth, LANES):
             transpose(row, i, depth, panel, start * depth + i * LANES)
+
+
+@helper
+def _nothing():
+    return 0
+
+
+@helper
+def _forget(kept):
+    pass
+
+
+# Before and after the tiles of a kernel: release(hold()).
+hold, release = (amx.hold, amx.release) if _TILES else (_nothing, _forget)

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Sequence
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.typing import signature
@@ -37,6 +38,15 @@ LOWERED = {
 BYTES = ir.VectorType(BYTE, LANES)
 
 
+class BFloat(ir.Type):
+    """LLVM's bfloat16, which llvmlite does not know."""
+
+    null, intrinsic_name = "0.0", "bf16"
+
+    def _to_string(self):
+        return "bfloat"
+
+
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager, kind):
@@ -57,11 +67,11 @@ def _spread(builder, value):
     return _shuffle(builder, vector, vector, [0] * LANES)
 
 
-def _llvm(builder, name, result, value):
+def call(builder, name, result, *arguments):
     """Call LLVM's own function of that name."""
-    kind, known = ir.FunctionType(result, [value.type]), builder.module.globals
+    kind, known = ir.FunctionType(result, [a.type for a in arguments]), builder.module.globals
     function = known[name] if name in known else ir.Function(builder.module, kind, name)
-    return builder.call(function, [value])
+    return builder.call(function, arguments)
 
 
 def constant(kind, number):
@@ -224,7 +234,7 @@ def _(builder, n):
 
 @define(root, FLOATS, FLOATS)
 def _(builder, v):
-    return _llvm(builder, f"llvm.sqrt.v{LANES}f32", LOWERED[FLOATS], v)
+    return call(builder, f"llvm.sqrt.v{LANES}f32", LOWERED[FLOATS], v)
 
 
 def splat(value):
@@ -256,7 +266,7 @@ def _(builder, mask):
 
 @define(largest_lane, types.int32, INTS)
 def _(builder, v):
-    return _llvm(builder, f"llvm.vector.reduce.smax.v{LANES}i32", WORD, v)
+    return call(builder, f"llvm.vector.reduce.smax.v{LANES}i32", WORD, v)
 
 
 def first_of(a, b):
@@ -409,3 +419,13 @@ def _(context, builder, sig, args):
 def helper(function: Callable) -> Callable:
     """Compiled into the kernels that call it, and not kept by itself."""
     return numba.njit(error_model="numpy")(function)
+
+
+@helper
+def aligned(n):
+    """(n,) float32 of any value that begin with a line of the cache, as torch's memory does: where
+    they do not, every vector of 64 bytes lies in two lines, and its loading takes twice as long.
+    """
+    words = np.empty(n + LANES, np.float32)
+    first = (-words.ctypes.data & 63) >> 2
+    return words[first : first + n]

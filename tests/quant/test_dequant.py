@@ -102,6 +102,16 @@ def test_other_dtypes_round_once(qtype, dtype):
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
+def test_numbers_that_are_subnormal_in_float32_are_not_lost():
+    """MXFP4 has some, and instructions that round to bfloat16 make zeros of them."""
+    blocks = torch.from_numpy(random_blocks(T.MXFP4, 256))
+    blocks[:, 0] = torch.arange(256)
+    want = dequantize(blocks, T.MXFP4, (256, 32))
+    assert (want[want != 0].abs() < torch.finfo(torch.float32).tiny).any()
+    got = dequantize(blocks, T.MXFP4, (256, 32), torch.bfloat16)
+    torch.testing.assert_close(got, want.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 @EVERY_TYPE
 def test_bytes_may_start_anywhere_and_skip(qtype):
     blocks = torch.from_numpy(random_blocks(qtype, 6))

@@ -97,3 +97,17 @@ def test_what_is_left_to_others():
     assert multiply_many(blocks[:, :-34], qtype, normal(5, 64), DTYPE) is None  # other rows
     assert multiply_many(blocks, T.F16, normal(5, 34), DTYPE) is None
     assert multiply_many(blocks, qtype, normal(5, 64), torch.float16) is None
+
+
+def test_torchs_own_products_are_right_in_between():
+    """Both may use AMX, on the same threads, each with shapes of its own."""
+    made, x = matrix(T.Q6_K, 96, 256), normal(70, 1030).bfloat16()
+    weights = [normal(rows, 1030, seed=rows).bfloat16() for rows in (40, 1000)]
+    wanted = [torch.nn.functional.linear(x, w) for w in weights]
+    first = product(made, 77)
+    for _ in range(3):
+        assert all(
+            torch.equal(torch.nn.functional.linear(x, w), y)
+            for w, y in zip(weights, wanted, strict=True)
+        )
+        assert torch.equal(product(made, 77), first)

@@ -1,4 +1,4 @@
-"""test_linear.py and test_conv.py as on a CPU with no more than AVX2, where this one has more."""
+"""The CPU's products as on one that has less than this: AVX-512 BF16 without AMX, or AVX2 alone."""
 
 import os
 import subprocess
@@ -8,15 +8,24 @@ from pathlib import Path
 import pytest
 
 llvm = pytest.importorskip("llvmlite.binding")
-TOLD = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma"}
+AVX2 = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+ssse3"}
+PAIRS = "+avx2,+fma,+ssse3,+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512bf16"
+BF16 = {"NUMBA_CPU_NAME": "cooperlake", "NUMBA_CPU_FEATURES": PAIRS}
+TOLD = [
+    ("avx512f", AVX2, "test_linear.py"),
+    ("avx512f", AVX2, "test_conv.py"),
+    ("amx-bf16", BF16, "test_linear.py"),
+    ("amx-bf16", BF16, "test_attention.py"),
+    ("avx512bf16", AVX2, "test_dequant.py"),
+]
 
 
-@pytest.mark.parametrize("name", ["test_linear.py", "test_conv.py"])
-def test_as_a_cpu_without_avx_512(name):
+@pytest.mark.parametrize("beyond, told, name", TOLD, ids=[f"{row[0]}-{row[2]}" for row in TOLD])
+def test_as_a_cpu_without(beyond, told, name):
     has = dict(llvm.get_host_cpu_features())
-    if not (has.get("avx512f") and has.get("fma")):
-        pytest.skip("it has no more, or less")
+    if not (has.get(beyond) and has.get("fma")):
+        pytest.skip(f"it has no {beyond} either")
     command = [sys.executable, "-m", "pytest", "-q", str(Path(__file__).with_name(name))]
-    done = subprocess.run(command, env=os.environ | TOLD, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | told, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout
     assert "skipped" not in done.stdout
