@@ -17,11 +17,11 @@ from .numba_vector import (
     LANES,
     aligned,
     biggest_lane,
-    floats,
+    bits_of,
+    fused,
     helper,
     load,
-    nearest,
-    power_of_2,
+    moved,
     select,
     splat,
     store,
@@ -31,6 +31,7 @@ from .threads import in_threads
 _STEP = COLUMNS * LANES  # keys, or numbers of a value, of a tile
 _LOG2_E = 1.4426950408889634
 _LEAST = f4(-126.0)  # exponent
+_WHOLE = f4(12582912.0)  # 3 · 2^22: a float32 beside it is rounded to a whole number, its last bits
 _tile = make_tile(COLUMNS)
 
 
@@ -38,14 +39,14 @@ _tile = make_tile(COLUMNS)
 def _power(t):
     """2^t of t ≤ 0, to 2e-7 of itself, not below 2^-126; NaN stays NaN."""
     t = select(t < _LEAST, _LEAST, t)
-    n = nearest(t)
-    f = t - floats(n)
-    v = f * f4(1.8775767e-3) + f4(8.9893397e-3)  # minimax of 2^f on -1/2 … 1/2 (Cephes, exp2f)
-    v = v * f + f4(5.5826318e-2)
-    v = v * f + f4(2.4015361e-1)
-    v = v * f + f4(6.9315308e-1)
-    v = v * f + f4(9.9999994e-1)
-    return v * power_of_2(n)
+    whole = t + _WHOLE
+    f = t - (whole - _WHOLE)
+    v = fused(f, splat(f4(1.8775767e-3)), f4(8.9893397e-3))  # minimax of 2^f on -1/2 … 1/2 (Cephes)
+    v = fused(v, f, f4(5.5826318e-2))
+    v = fused(v, f, f4(2.4015361e-1))
+    v = fused(v, f, f4(6.9315308e-1))
+    v = fused(v, f, f4(9.9999994e-1))
+    return moved(v, bits_of(whole))
 
 
 @helper
@@ -57,7 +58,7 @@ def _softmax(s, at, keys, padded, factor, p, to):
     for i in range(at, at + padded, LANES):
         v = load(s, i)
         largest = select(v > largest, v, largest)
-    most = splat(biggest_lane(largest) * factor)
+    most = splat(biggest_lane(largest) * factor)  # rounded as in the loop: the largest has 2^0
     total = splat(ZERO)
     for i in range(0, padded, 2 * LANES):
         low = _power(load(s, at + i) * factor - most)

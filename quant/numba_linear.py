@@ -76,7 +76,7 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
 
     a and up are read by whole ROWS; for the panels see `pack_rows`.
     """
-    sums, square = aligned(_MOST * _STEP), aligned(LANES * LANES)
+    sums, turned = aligned(_MOST * _STEP), aligned(_MOST * LANES)
     held = hold()
     for vector in range(first, end, _STEP):
         sums[:] = np.float32(0)
@@ -87,13 +87,13 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
         if low_depth:
             at, low = row * low_depth, vector * low_depth
             _add_all(up, at, rows, low_panel, low, vectors, low_depth, 0, low_depth, sums)
-        for r in range(0, rows, LANES):
-            added = load(bias, row + r)
-            for c in range(0, min(_STEP, end - vector), LANES):
-                transpose(sums, r * _STEP + c, _STEP, square, 0)
-                for i in range(min(LANES, end - vector - c)):
-                    place = (vector + c + i) * step + row + r
-                    store(out, place, load(square, i * LANES) + added)
+        for c in range(0, vectors, LANES):
+            for r in range(0, rows, LANES):
+                transpose(sums, r * _STEP + c, _STEP, turned, r * LANES)
+            for i in range(min(LANES, vectors - c)):
+                place = (vector + c + i) * step + row
+                for r in range(0, rows, LANES):
+                    store(out, place + r, load(turned, (r + i) * LANES) + load(bias, row + r))
     release(held)
 
 

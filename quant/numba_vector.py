@@ -3,8 +3,8 @@
 `load` takes sixteen float32 from an array, `load_bytes` sixteen uint8 as int32; `+ - * /`,
 comparisons, `& | << >>`, `abs` and the functions below act on each lane; a float32 or int32 beside
 a vector stands for sixteen of it. Each operation is one LLVM instruction, rounded as C rounds it,
-and nothing is fused. LLVM makes of a vector what the processor has: one register of 512 bits, two
-of 256 or four of 128. Arrays must be contiguous, and indices count their elements.
+and only `fused` fuses two. LLVM makes of a vector what the processor has: one register of 512 bits,
+two of 256 or four of 128. Arrays must be contiguous, and indices count their elements.
 """
 
 import operator
@@ -186,8 +186,14 @@ def root(v):
     """The square root of float32, rounded once."""
 
 
-def power_of_2(n):
-    """2^n as float32, of int32 from -126 to 127."""
+def moved(v, n):
+    """v · 2^n by adding to its exponent, which must stay one: no zero, NaN or infinity comes in or
+    out. n: int32, of which the lowest nine bits count.
+    """
+
+
+def fused(a, b, c):
+    """a · b + c, rounded once; slow where the processor cannot."""
 
 
 for _kind in (FLOATS, INTS):
@@ -226,10 +232,17 @@ def _(builder, v):
     return builder.bitcast(v, LOWERED[INTS])
 
 
-@define(power_of_2, FLOATS, INTS)
-def _(builder, n):
-    biased = builder.add(n, constant(INTS, 127))
-    return builder.bitcast(builder.shl(biased, constant(INTS, 23)), LOWERED[FLOATS])
+@define(moved, FLOATS, FLOATS, INTS)
+def _(builder, v, n):
+    exponent = builder.shl(n, constant(INTS, 23))
+    return builder.bitcast(
+        builder.add(builder.bitcast(v, LOWERED[INTS]), exponent), LOWERED[FLOATS]
+    )
+
+
+@define(fused, FLOATS, FLOATS, FLOATS, FLOATS)
+def _(builder, a, b, c):
+    return call(builder, f"llvm.fma.v{LANES}f32", LOWERED[FLOATS], a, b, c)
 
 
 @define(root, FLOATS, FLOATS)
