@@ -7,20 +7,14 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, 
 """
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
-from .numba_jit import FEATURES
 from .numba_vector import BYTE, call, helper, pointer
 
-# The system gives a process these registers when it is asked to (Linux; older torch does not).
-SUPPORTED = all(FEATURES.get(name, False) for name in ("amx-tile", "amx-bf16")) and bool(
-    getattr(torch.cpu, "_init_amx", bool)()
-)
 ROWS, COLUMNS = 32, 2  # of a tile of sums, the columns in vectors
 _SIDE, _WIDTH = 16, 64  # rows of a register, and a row's bytes
 _SHAPES = np.zeros(64, np.uint8)

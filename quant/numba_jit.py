@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numba
 import numpy as np
+import torch
 from numba.core.codegen import get_host_cpu_features
 
 f4, i4, u1 = np.float32, np.int32, np.uint8
@@ -23,13 +24,21 @@ _LISTED = numba.config.CPU_FEATURES
 if _LISTED is None:
     _LISTED = "" if numba.config.CPU_NAME else get_host_cpu_features()
 FEATURES = {name[1:]: name[0] == "+" for name in _LISTED.split(",") if name}
+# AMX's registers are the system's to give, and it is asked for them (on Linux, by newer torch).
+AMX = all(FEATURES.get(name, False) for name in ("amx-tile", "amx-bf16")) and bool(
+    getattr(torch.cpu, "_init_amx", bool)()
+)
 
 # numba's cache notices when a kernel's own file changes, but not the files of what it calls, so an
 # update could leave old code in use; nor that the pack goes by another name (ComfyUI's and the
 # shell's differ), under which the old code finds nothing. It names its files by the functions'. Of
 # the processor it knows, but not which of its instructions our functions are made of.
 _FILES = sorted(Path(__file__).parent.glob("numba_*.py"))
-_SOURCES = [__name__.encode(), str(FEATURES).encode(), *(path.read_bytes() for path in _FILES)]
+_SOURCES = [
+    __name__.encode(),
+    str((FEATURES, AMX)).encode(),
+    *(path.read_bytes() for path in _FILES),
+]
 _DIGEST = hashlib.sha256(b"".join(_SOURCES)).hexdigest()[:12]
 
 

@@ -18,7 +18,7 @@ from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
 from . import numba_amx as amx
-from .numba_jit import FEATURES, ZERO
+from .numba_jit import AMX, FEATURES, ZERO
 from .numba_vector import (
     FLOATS,
     INTS,
@@ -37,8 +37,8 @@ from .numba_vector import (
 )
 
 # With AMX that we may not use torch is faster; with AVX-512 alone its float32 is not measured.
-PAIRS = FEATURES.get("avx512bf16", False) and FEATURES.get("amx-bf16", False) == amx.SUPPORTED
-_TILES = PAIRS and amx.SUPPORTED
+PAIRS = FEATURES.get("avx512bf16", False) and FEATURES.get("amx-bf16", False) == AMX
+_TILES = PAIRS and AMX
 _SINGLES = all(FEATURES.get(name, False) for name in ("avx2", "fma"))
 SUPPORTED = PAIRS or (_SINGLES and not FEATURES.get("avx512f", False))
 DTYPE, NUMBERS = (torch.bfloat16, 2) if PAIRS else (torch.float32, 1)  # in the place of a float32

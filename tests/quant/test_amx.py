@@ -5,7 +5,7 @@ import pytest
 numba = pytest.importorskip("numba")
 amx = pytest.importorskip("fewstep.quant.numba_amx")
 
-if not amx.SUPPORTED:
+if not pytest.importorskip("fewstep.quant.numba_jit").AMX:
     pytest.skip("no AMX here, or it may not be used", allow_module_level=True)
 
 
