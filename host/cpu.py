@@ -116,8 +116,8 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     """`module`'s output, LoRAs of its side branch included, by a kernel that never writes the
     unpacked weight out; None where there is none.
 
-    Where the weight is large in `product_dtype`, with sums and results in float32; else, and on a
-    CPU without bfloat16, for a few tokens (as of the modulation from time and text) in float32. The
+    For a few tokens (as of the modulation from time and text) in float32, but where AMX is faster;
+    for more, where the weight is large, in `product_dtype`, with sums and results in float32. The
     weight must be as it was loaded: neither patches nor functions of the host but the side branch.
     """
     weight, bias = module.weight, module.bias
@@ -125,12 +125,11 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
         return None
     blocks, qtype = weight._qdata, weight.params.qtype
     flat, dtype = input.reshape(-1, input.shape[-1]), product_dtype(module, input)
-    many = is_large(module) and multiplies_many(blocks.shape, qtype, flat.shape[1], dtype)
-    rounds = many and dtype == torch.bfloat16
-    if not rounds and (output := multiply_few(blocks, qtype, flat)) is not None:
+    output = multiply_few(blocks, qtype, flat, dtype)
+    if output is not None:
         output = output if bias is None else output + bias
         output = output if branch is None else branch.add(output, flat)
-    elif many:
+    elif is_large(module) and multiplies_many(blocks.shape, qtype, flat.shape[1], dtype):
         factors = None if branch is None else branch.factors(tuple(weight.shape))
         if branch is not None and factors is None:
             return None
@@ -138,9 +137,7 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
             dense = module.gguf_residency.dense(module, weight, dtype, transient=True)
             blocks, qtype = dense.view(torch.uint8), PLAIN_QTYPES[dtype]
         output = multiply_many(blocks, qtype, flat, dtype, bias, factors)
-    else:
-        return None
-    return output.reshape(*input.shape[:-1], -1)
+    return None if output is None else output.reshape(*input.shape[:-1], -1)
 
 
 class Attention:

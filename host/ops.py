@@ -260,7 +260,8 @@ def gguf_ops(
                 """The output from the packed weight; None where a CPU's or GPU's kernel is not the
                 faster way, or a gradient is asked for: those have none.
                 """
-                if input.requires_grad:
+                biased = self.bias is not None and self.bias.requires_grad
+                if input.requires_grad or (biased and torch.is_grad_enabled()):
                     return None
                 output = multiply_packed(self, input, branch)
                 return multiply_on_gpu(self, input, branch) if output is None else output

@@ -19,7 +19,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     (pictures, _, heads, width), fits = q.shape, k.shape == v.shape
     fits &= k.shape == (pictures, k.shape[1], heads, width) and width % 64 == 0
     fits &= all(t.is_cpu and t.dtype == torch.float32 for t in (q, k, v))
-    if not fits or not _is_there():
+    if not fits or k.shape[1] * width > _most():
         return None
     return (_as_operation if torch.compiler.is_compiling() else _attend)(q, k, v)
 
@@ -37,8 +37,9 @@ def _(q, k, v):
 
 
 @torch.compiler.assume_constant_result
-def _is_there() -> bool:
-    return _kernel() is not None
+def _most() -> int:
+    """Numbers of a head's keys up to which there is a kernel that is faster."""
+    return 0 if (kernel := _kernel()) is None else kernel.MOST
 
 
 @cache

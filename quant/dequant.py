@@ -73,16 +73,24 @@ def dequantize_rows(
     return dequantize(picked, qtype, (*rows.shape, row_length), dtype)
 
 
-def multiply_few(blocks: Tensor, qtype: GGMLQuantizationType, x: Tensor) -> Tensor | None:
+def multiply_few(
+    blocks: Tensor,
+    qtype: GGMLQuantizationType,
+    x: Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
     """x (vectors, columns) float32 times the transpose of a matrix of `qtype`, float32 throughout,
-    without unpacking all of the matrix; None where no kernel does that faster than a product.
+    without unpacking all of the matrix; None where no kernel does that faster than a product in
+    `dtype`: bfloat16's by AMX are faster.
 
     blocks: (rows, bytes of a row) uint8.
     """
     if torch.compiler.is_compiling() or not blocks.is_cpu or (kernels := _kernels("cpu")) is None:
         return None
-    from . import numba_matvec
+    from . import numba_jit, numba_matvec
 
+    if dtype == torch.bfloat16 and numba_jit.AMX:
+        return None
     block_size, type_size = GGML_QUANT_SIZES[qtype]
     row = x.shape[1] // block_size * type_size
     if (

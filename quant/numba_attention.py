@@ -1,17 +1,19 @@
-"""Attention on CPUs with AVX-512 BF16, by the instruction that sums pairs of bfloat16 products.
+"""Attention on CPUs with AVX-512 BF16, by AMX or by the instruction that sums pairs of products.
 
-torch's fused kernel multiplies bfloat16 there as slowly as float32. Here keys and values of a head
-are packed once, as that instruction reads them; six queries at a time then meet all keys, the whole
-rows of scores staying in cache, so that one plain softmax will do; and the probabilities, rounded
-to bfloat16, meet the values. Queries, keys, values and probabilities are each rounded once, all
-sums are in float32.
+torch's fused kernel multiplies bfloat16 as slowly as float32 without AMX, and makes exponentials
+slowly with it. Here keys and values of a head are packed once, as `numba_tile` reads them; a few
+queries at a time then meet all keys, the whole rows of scores staying in cache, so that one plain
+softmax will do; and the probabilities, rounded to bfloat16, meet the values. Queries, keys, values
+and probabilities are each rounded once, all sums are in float32.
 """
+
+import sys
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_jit import ZERO, f4, jit
+from .numba_jit import AMX, ZERO, f4, jit
 from .numba_tile import COLUMNS, ROWS, hold, interleave, make_tile, pack, pack_rows, release
 from .numba_vector import (
     LANES,
@@ -30,22 +32,26 @@ from .threads import in_threads
 
 _STEP = COLUMNS * LANES  # keys, or numbers of a value, of a tile
 _LOG2_E = 1.4426950408889634
-_LEAST = f4(-126.0)  # exponent
+_LEAST = f4(-125.0)  # exponent
 _WHOLE = f4(12582912.0)  # 3 · 2^22: a float32 beside it is rounded to a whole number, its last bits
+# Numbers of a head's keys up to which all stays in cache: with more torch is faster, if it has AMX.
+MOST = 2**19 if AMX else sys.maxsize
 _tile = make_tile(COLUMNS)
 
 
 @helper
 def _power(t):
-    """2^t of t ≤ 0, to 2e-7 of itself, not below 2^-126; NaN stays NaN."""
+    """2^t of t ≤ 0, to 2e-7 of itself, not below 2^-125; NaN stays NaN, if its lowest nine bits are
+    zero, as of those that come of bfloat16.
+    """
     t = select(t < _LEAST, _LEAST, t)
     whole = t + _WHOLE
     f = t - (whole - _WHOLE)
-    v = fused(f, splat(f4(1.8775767e-3)), f4(8.9893397e-3))  # minimax of 2^f on -1/2 … 1/2 (Cephes)
-    v = fused(v, f, f4(5.5826318e-2))
-    v = fused(v, f, f4(2.4015361e-1))
-    v = fused(v, f, f4(6.9315308e-1))
-    v = fused(v, f, f4(9.9999994e-1))
+    v = fused(f, splat(f4(1.32647143e-3)), f4(9.67151264e-3))  # minimax of 2^f on -1/2 … 1/2
+    v = fused(v, f, f4(5.55073377e-2))
+    v = fused(v, f, f4(0.240222421))
+    v = fused(v, f, f4(0.693146978))
+    v = fused(v, f, f4(1.0))
     return moved(v, bits_of(whole))
 
 

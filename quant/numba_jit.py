@@ -24,7 +24,8 @@ _LISTED = numba.config.CPU_FEATURES
 if _LISTED is None:
     _LISTED = "" if numba.config.CPU_NAME else get_host_cpu_features()
 FEATURES = {name[1:]: name[0] == "+" for name in _LISTED.split(",") if name}
-# AMX's registers are the system's to give, and it is asked for them (on Linux, by newer torch).
+# AMX's registers are the system's to give; it is asked for them (on Linux, by newer torch), for the
+# process and for good, as torch asks for its own products.
 AMX = all(FEATURES.get(name, False) for name in ("amx-tile", "amx-bf16")) and bool(
     getattr(torch.cpu, "_init_amx", bool)()
 )

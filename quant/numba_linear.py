@@ -119,13 +119,13 @@ def linear(
     (vectors, columns), rows, depth = x.shape, len(blocks), x.shape[1] // NUMBERS
     row_size, data = blocks.shape[1], blocks.contiguous().view(-1).numpy()
     unpack = kernel(qtype) if qtype != UNPACKED else None
-    padded, out = -(-vectors // LANES) * LANES, torch.empty(vectors, rows)
-    added = torch.zeros(rows) if bias is None else bias.float().contiguous()
-    panel, added = torch.empty(padded * depth).numpy(), added.numpy()
+    padded, out = -(-vectors // LANES) * LANES, _room(vectors, rows)
+    added = x.new_zeros(rows) if bias is None else bias.detach().float().contiguous()
+    panel, added = _room(padded * depth).numpy(), added.numpy()
     flat, result = x.contiguous().view(-1).numpy(), out.view(-1).numpy()
     up, down = (_NONE, _NONE) if factors is None else (_flat(factor) for factor in factors)
     rank = 0 if factors is None else factors[0].shape[1]
-    low, low_panel = (torch.empty(padded * n).numpy() for n in (rank, rank // NUMBERS))
+    low, low_panel = (_room(padded * n).numpy() for n in (rank, rank // NUMBERS))
     zeros = np.zeros(rank, np.float32)
 
     def pack(first: int, end: int) -> None:
@@ -143,7 +143,7 @@ def linear(
     step = max(_SLICE, min(_MOST, _LARGEST // columns, share + _SLICE - 1) // _SLICE * _SLICE)
 
     def work(first: int, end: int) -> None:
-        a = torch.empty(step * depth).numpy()
+        a = _room(step * depth).numpy()
         as_numbers = a.view(np.uint16) if NUMBERS == 2 else a
         for row in range(first * step, min(end * step, rows), step):
             count = min(step, rows - row)
@@ -160,6 +160,11 @@ def linear(
     in_threads(pack, padded // LANES, LANES * columns)
     in_threads(work, -(-rows // step), step * columns)
     return out
+
+
+def _room(*shape: int) -> Tensor:
+    """Of float32, beginning with a line of the cache."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _flat(factor: Tensor) -> np.ndarray:

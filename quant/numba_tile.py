@@ -2,8 +2,8 @@
 sums pairs; on CPUs that have no more than AVX2 of float32, by fused multiplication and addition.
 
 One factor is read row by row, a number at a time, spread over a vector; of the other a vector holds
-a number of each of sixteen columns. For bfloat16 a pair of neighbours takes a number's place. All
-sums are in float32.
+a number of each of sixteen columns. For bfloat16 a pair of neighbours takes a number's place. AMX
+reads both as they lie for that (`numba_amx.py`). All sums are in float32.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ _TILES = PAIRS and AMX
 _SINGLES = all(FEATURES.get(name, False) for name in ("avx2", "fma"))
 SUPPORTED = PAIRS or (_SINGLES and not FEATURES.get("avx512f", False))
 DTYPE, NUMBERS = (torch.bfloat16, 2) if PAIRS else (torch.float32, 1)  # in the place of a float32
-# Of a tile, in queries and vectors: 24 sums of 32 registers; or 6 of two registers each, of 16.
+# Of a tile, in rows and vectors: AMX's; 24 sums of 32 registers; or 6 of two registers each, of 16.
 ROWS, COLUMNS = (amx.ROWS, amx.COLUMNS) if _TILES else (6, 4 if PAIRS else 1)
 
 

@@ -187,8 +187,8 @@ def root(v):
 
 
 def moved(v, n):
-    """v · 2^n by adding to its exponent, which must stay one: no zero, NaN or infinity comes in or
-    out. n: int32, of which the lowest nine bits count.
+    """v · 2^n by adding to its exponent, for results that are neither subnormal nor infinite. n: of
+    int32 the lowest nine bits, with sign; where these are zero, v as it is.
     """
 
 

@@ -16,6 +16,7 @@ from fewstep.host.files import read
 from fewstep.host.layout import dense, wrap
 from fewstep.host.ops import gguf_ops
 from fewstep.quant import convolves, dequantize, multiplies_many
+from fewstep.quant.kernels import find_kernels
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_loading import sample
 from gguf import GGMLQuantizationType as T
@@ -47,6 +48,12 @@ def relative_error(value, truth):
     return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
+def has_amx():
+    """Whether the kernels for CPUs multiply by it."""
+    numba_jit = find_kernels("numba_jit", "testing")
+    return numba_jit is not None and numba_jit.AMX
+
+
 def layer(qtype, rows=96, columns=512, exact=False):
     g = torch.Generator().manual_seed(0)
     linear = gguf_ops("toy", exact).Linear(columns, rows)
@@ -64,8 +71,7 @@ def test_products_error_is_that_of_bfloat16(bfloat16, qtype, tokens):
     y = linear(x)
     truth = x.double() @ weight.T + bias
     assert y.dtype == torch.float32 and torch.equal(linear(x), y)
-    kernel = multiplies_many(linear.weight._qdata.shape, qtype, 512, torch.bfloat16)
-    few = tokens == 1 and not kernel  # multiplied in float32
+    few = tokens == 1 and not has_amx()  # multiplied in float32
     assert relative_error(y, truth) < (1e-6 if few else ERROR)
 
 
@@ -96,6 +102,14 @@ def test_products_have_a_gradient(tokens):
     linear(x).sum().backward()
     assert relative_error(x.grad[0], weight.sum(0).expand(tokens, -1)) < 1e-5
     assert relative_error(linear(x.detach()), linear(x)) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_bias_has_a_gradient_too(bfloat16, tokens):
+    linear, _, _ = layer(T.Q6_K)
+    linear.bias.requires_grad_(True)
+    linear(torch.ones(1, tokens, 512)).sum().backward()
+    assert torch.equal(linear.bias.grad, torch.full((96,), float(tokens)))
 
 
 def test_exact_products_are_float32s(bfloat16):

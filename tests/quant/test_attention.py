@@ -1,5 +1,7 @@
 """The compiled attention against float64, and what it leaves to others."""
 
+import importlib
+
 import pytest
 import torch
 from fewstep.quant import attend
@@ -48,6 +50,33 @@ def test_error_is_that_of_bfloat16(shape, threads):
     rounded = scaled_dot_product_attention(*(t.bfloat16().transpose(1, 2) for t in qkv))
     by_torch = (rounded.transpose(1, 2) - truth).norm()
     assert (got - truth).norm() <= 1.1 * by_torch  # no worse than torch's kernel
+
+
+def test_exponentials_err_as_float32s_do():
+    """Not below the last exponent but one, and 2^0 exactly."""
+    module = importlib.import_module("fewstep.quant.numba_attention")
+    vector = importlib.import_module("fewstep.quant.numba_vector")
+    numba = importlib.import_module("numba")
+
+    @numba.njit
+    def powers(t, out):
+        for i in range(0, len(t), vector.LANES):
+            vector.store(out, i, module._power(vector.load(t, i)))
+
+    t = -torch.arange(2**17, dtype=torch.float32) / 2**10  # down to -128
+    out = torch.empty_like(t)
+    powers(t.numpy(), out.numpy())
+    assert out[0] == 1
+    torch.testing.assert_close(out.double(), t.double().clamp(-125).exp2(), rtol=2e-7, atol=0)
+
+
+def test_long_rows_of_scores_are_left_to_torchs_amx():
+    most = importlib.import_module("fewstep.quant.numba_attention").MOST
+    if most > 2**30:
+        pytest.skip("torch has no AMX here")
+    q, k, v = tensors(1, 4, most // 64, 1, 64)
+    assert attend(q, k, v) is not None
+    assert attend(q, *(torch.cat((t, t[:, :1]), 1) for t in (k, v))) is None
 
 
 def test_large_scores_neither_overflow_nor_vanish():
