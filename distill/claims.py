@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from .logs import PLAIN, error, sharing
 
 TEACHER, STUDENT = "teacher", "split"  # runs that the paper's claims are about
+UNMENDED = "plain-match"  # stages 1 and 2 as the paper has them
 EITHER = "either"  # the teacher with a T5 that is enough alone; once adopted it is TEACHER
 SHIPPED_STUDENT, SHIPPED_TEACHER = "fewstep-demo.gguf", "fewstep-teacher.gguf"
 FASTER = 18  # times, than the teacher
@@ -106,6 +107,12 @@ def claims(
                 "%",
             )
             for scorer in dict.fromkeys(row["scorer"] for row in shipped)
+        ),
+        (
+            "the same without mending, stages 1 and 2 as the paper has them",
+            *beside(score(UNMENDED, 4), score(TEACHER, 50)),
+            _reaches,
+            "%",
         ),
         ("4 steps, at least 90 %", best, 0.9, _reaches, "%"),
         (

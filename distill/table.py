@@ -174,7 +174,8 @@ trajectory: stage 1, whose ways are straight and end at the right picture neares
 that are mended anew: so a student can be better than its teacher. match: stage 2. split: stage 3,
 merged. These two teach the four steps alone; two steps are what stage 1 has left of them. plain,
 mended: a short stage 1 on the same trajectories, towards the teacher's own ends along its own ways
-(the paper's regression), and towards right ones along straight ways.
+(the paper's regression), and towards right ones along straight ways. plain-long: as plain, with as
+many samples as trajectory; plain-match: stage 2 from there, by match's settings.
 
 Without T5's tokens. A picture: seconds through ComfyUI, text, sampling and VAE, one at a time, the
 runs in turns (`python -m distill time`); sampling: those of them that depend on the steps.{on}
