@@ -129,7 +129,7 @@ def test_an_empty_log_gives_empty_tables(tmp_path):
     (tmp_path / "evaluations.jsonl").touch()
     lines = [line for line in page(tmp_path).splitlines() if line.startswith("|")]
     claimed = [line for line in lines if "|  |  | not measured |" in line]
-    assert len(claimed) == 12 and len(lines) == 18 + len(claimed)
+    assert len(claimed) == 13 and len(lines) == 18 + len(claimed)
 
 
 def test_a_stage_is_better_only_by_more_than_chance(tmp_path):
