@@ -30,8 +30,9 @@ def test_two_processes_have_the_losses_of_one(tmp_path, sharded):
         made = {(row["processes"], tuple(row["losses"])) for row in rows if row["method"] == method}
         (one,) = {losses for count, losses in made if count == 1}
         (two,) = {losses for count, losses in made if count == 2}  # the same in both processes
-        # halves of a batch are summed in another order
-        assert two == pytest.approx(one, rel=1e-5)
+        # halves of a batch are summed in another order, and states are kept in float16: where a sum
+        # lies between two of its numbers, that order says which
+        assert two == pytest.approx(one, rel=1e-4)
         weights = [row["weights"] for row in rows if row["method"] == method]
         assert weights == pytest.approx([weights[0]] * 4, rel=1e-4)
     (whole,) = {row["kept"] for row in rows if row["processes"] == 1}
