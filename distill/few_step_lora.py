@@ -9,7 +9,7 @@ teacher draws, as in SD3.5-Flash (arXiv 2509.21318), whose data are synthetic.
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +21,7 @@ from ..host.learned import Progress, kept_if_stopped
 from ..host.training import Adapters, training
 from .loop import TrainingDiverged
 from .match import MatchConfig, MatchTask
-from .optimize import adam_of
+from .optimize import adam_of, moments
 from .several import ONE, One
 from .student import StudentConfig, StudentTask
 from .trajectory import TrajectoryConfig, TrajectoryTask
@@ -41,7 +41,7 @@ class Plan:
     sigmas: tuple[float, ...]  # that the student will draw with, from 1 to 0
     method: str = "trajectory"  # stage 1; "matching" is stage 2
     steps: int = 400  # updates
-    rank: int = 16
+    rank: int = 16  # of the LoRA; 0 learns whole weights, of all linear layers
     rate: float = 1e-4  # of AdamW, on the plateau
     guidance: float = 1.0  # the teacher's CFG
     batch: int = 1
@@ -79,9 +79,16 @@ class Plan:
             "rank": self.rank,
             "batch": self.batch // processes.count,
             "recompute": self.recompute,
+            "each": self.bytes_each(),
             "dtype": DTYPES[self.dtype],
             "mesh": processes.mesh,
         }
+
+    def bytes_each(self) -> int:
+        """That a learned number takes: it, its gradient and the optimizer's, of the student and of
+        the proxy; and the student's average."""
+        networks = 2 if self.method == "matching" else 1
+        return 4 + networks * (8 + moments(self.optimizer))
 
     def _stage(self, kind: type, **others) -> StudentConfig:
         """A stage's configuration: the settings that it shares with the plan, and `others`. What
@@ -156,7 +163,9 @@ def build(
     if plan.method == "trajectory":
         return TrajectoryTask(plan.trajectory(), *given, folder=folder, origin=origin)
     if not latents.any():
-        teacher = TrajectoryTask(plan.trajectory(), *given, folder=folder, origin=origin)
+        small = replace(plan, rank=1).trajectory()  # of this one only the teacher is wanted
+        shown = (backbone, data, None, adam, processes)
+        teacher = TrajectoryTask(small, *shown, folder=folder, origin=origin)
         given = (backbone, teacher.drawn, start, adam, processes)
     return MatchTask(plan.match(), *given)
 

@@ -28,10 +28,13 @@ def merge_loras(
     low: Mapping[str, Tensor], high: Mapping[str, Tensor], ratio: float
 ) -> dict[str, Tensor]:
     """The LoRA that changes weights by (1 − ratio)·low + ratio·high, exactly, with the ranks of
-    both side by side. Named as `host.adapters` names them, alpha as large as the rank.
+    both side by side. Named as `host.adapters` names them, alpha as large as the rank. Of whole
+    differences, those between.
 
     Raises: ValueError if they are of different layers.
     """
+    if not any(key.endswith(".alpha") for key in low):
+        return merge(low, high, ratio)
     _check_alike(low, high)
     merged = {}
     for name in (key.removesuffix(".alpha") for key in low if key.endswith(".alpha")):

@@ -42,6 +42,11 @@ def adam_of(name: str) -> Adam:
     return getattr(importlib.import_module("bitsandbytes.optim"), EIGHT_BIT[name])
 
 
+def moments(name: str) -> int:
+    """Bytes that one of ADAMS keeps for a number that learns."""
+    return 2 if name in EIGHT_BIT else 8
+
+
 class Rates(Protocol):
     """The fields of a trainer's configuration that `build_optimizers` reads."""
 

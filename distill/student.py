@@ -160,11 +160,19 @@ class StudentTask:
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
         """The averaged student, as its backbone keeps it."""
-        now = {name: self.student.state_dict()[name].clone() for name in self.ema}
-        self.student.load_state_dict(self.ema, strict=False)
-        weights = self.backbone.weights(self.student)
-        self.student.load_state_dict(now, strict=False)
-        return weights
+        self._swap()
+        try:
+            return self.backbone.weights(self.student)
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        """The student for its average, one tensor at a time."""
+        state = self.student.state_dict()
+        for name, value in self.ema.items():
+            now = state[name].clone()
+            state[name].copy_(value)
+            value.copy_(now)
 
     def state_dict(self) -> dict:
         learned = {name: self.student.state_dict()[name] for name in self.ema}

@@ -1,8 +1,9 @@
-"""Several LoRA sets on one frozen network, switched from call to call.
+"""Several sets of what is learned beside one frozen network, switched from call to call.
 
 Teacher, student and proxy of a distillation are one network three times. Here its weights, which
 may be quantised, lie in memory once: `y = f(x) + up(down(x))`, where f is the host's own layer and
 the factors are those of the set that is switched on; with none, the network is as it was loaded.
+In place of a LoRA's factors there may be a whole matrix and bias: all of the layer is then trained.
 ComfyUI's bypass mechanism (`comfy.weight_adapter.bypass`) puts this in the layers' place and takes
 it away again; a LoRA's file has the names that its LoRA loaders know.
 
@@ -55,52 +56,94 @@ class LowRank(nn.Module):
         down, up = (w.detach() if frozen else w for w in (self.down, self.up))
         return linear(linear(x, down.to(x.dtype)), up.to(x.dtype))
 
+    def state(self, name: str) -> dict[str, Tensor]:
+        """As in a LoRA's file, of the layer of that name."""
+        return {
+            f"{name}.lora_up.weight": _copied(self.up),
+            f"{name}.lora_down.weight": _copied(self.down),
+            f"{name}.alpha": torch.tensor(float(len(self.down))),
+        }
+
+    def take(self, state: Mapping[str, Tensor], name: str) -> None:
+        rank = len(self.down)
+        alpha = torch.as_tensor(state.get(f"{name}.alpha", float(rank)))
+        if alpha.numel() != 1:
+            raise ValueError(
+                f"the LoRA to start from has {alpha.numel()} numbers for {name}.alpha, "
+                "expected one: start from another"
+            )
+        _fill(self.down, state, f"{name}.lora_down.weight")
+        _fill(self.up, state, f"{name}.lora_up.weight", float(alpha) / rank)  # 1 of our own
+
+
+class Whole(nn.Module):
+    """What is added to one layer's whole weight, and to its bias; zero at first."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(layer.weight.shape))
+        self.bias = None if layer.bias is None else nn.Parameter(torch.zeros(layer.bias.shape))
+
+    def forward(self, x: Tensor, frozen: bool) -> Tensor:
+        """As LowRank."""
+        given = [None if w is None else w.to(x.dtype) for w in (self.weight, self.bias)]
+        return linear(x, *(w.detach() if frozen and w is not None else w for w in given))
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """As in a LoRA's file: full differences."""
+        state = {f"{name}.diff": _copied(self.weight)}
+        return state if self.bias is None else state | {f"{name}.diff_b": _copied(self.bias)}
+
+    def take(self, state: Mapping[str, Tensor], name: str) -> None:
+        _fill(self.weight, state, f"{name}.diff")
+        if self.bias is not None:
+            _fill(self.bias, state, f"{name}.diff_b")
+
 
 class LoRASet(nn.Module):
-    """A LoRA on each of `layers`, in float32."""
+    """A LoRA on each of `layers`, in float32; of rank 0, all of each."""
 
     def __init__(self, layers: Mapping[str, nn.Module], rank: int, seed: int):
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
         self.names = list(layers)
-        shapes = (layer.weight.shape for layer in layers.values())
-        self.layers = nn.ModuleList(LowRank(*shape, rank, draw) for shape in shapes)
+        self.layers = nn.ModuleList(
+            LowRank(*layer.weight.shape, rank, draw) if rank else Whole(layer)
+            for layer in layers.values()
+        )
 
     def state(self) -> dict[str, Tensor]:
-        """As in a LoRA's file."""
+        """As in a LoRA's file, in the CPU's memory."""
         state = {}
         for name, layer in zip(self.names, self.layers, strict=True):
-            state[f"{name}.lora_up.weight"] = layer.up.detach().clone()
-            state[f"{name}.lora_down.weight"] = layer.down.detach().clone()
-            state[f"{name}.alpha"] = torch.tensor(float(len(layer.down)))
+            state |= layer.state(name)
         return state
 
     @torch.no_grad()
     def take(self, state: Mapping[str, Tensor]) -> None:
-        """Raises: ValueError naming the first factor that does not fit or is not finite."""
+        """Raises: ValueError naming the first tensor that does not fit or is not finite."""
         for name, layer in zip(self.names, self.layers, strict=True):
-            rank = len(layer.down)
-            alpha = torch.as_tensor(state.get(f"{name}.alpha", float(rank)))
-            if alpha.numel() != 1:
-                raise ValueError(
-                    f"the LoRA to start from has {alpha.numel()} numbers for {name}.alpha, "
-                    "expected one: start from another"
-                )
-            scale = float(alpha) / rank  # 1 of our own
-            for part, own in (("lora_up", layer.up), ("lora_down", layer.down)):
-                given = state.get(f"{name}.{part}.weight")
-                if given is None or given.shape != own.shape:
-                    has = "nothing" if given is None else f"shape {tuple(given.shape)}"
-                    raise ValueError(
-                        f"the LoRA to start from has {has} for {name}.{part}.weight, expected "
-                        f"{tuple(own.shape)}: start from one of the same model and rank"
-                    )
-                own.copy_(scale * given.float() if part == "lora_up" else given)
-                if not is_finite(own):
-                    at = f"{name}.{part}.weight or its alpha"
-                    raise ValueError(
-                        f"the LoRA to start from holds NaN or infinity in {at}: start from another"
-                    )
+            layer.take(state, name)
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)
+
+
+def _fill(own: Tensor, state: Mapping[str, Tensor], name: str, scale: float = 1.0) -> None:
+    given = state.get(name)
+    if given is None or given.shape != own.shape:
+        has = "nothing" if given is None else f"shape {tuple(given.shape)}"
+        raise ValueError(
+            f"the LoRA to start from has {has} for {name}, expected {tuple(own.shape)}: start "
+            "from one of the same model and rank"
+        )
+    own.copy_(scale * given.float())
+    if not is_finite(own):
+        raise ValueError(
+            f"the LoRA to start from holds NaN or infinity in {name} or its alpha: start from "
+            "another"
+        )
 
 
 class Switch:

@@ -1,9 +1,10 @@
 """Any flow MODEL that ComfyUI loads, as teacher, student and proxy of a distillation.
 
-The teacher is the MODEL as it is patched; student and proxy are LoRA sets on the same frozen
-weights (see `adapters`), which may be a quantised file's (QLoRA, arXiv 2305.14314). What it is told
-is CONDITIONING through the model's own `extra_conds`, its velocity is (x − denoised) / sigma of the
-model's own `apply_model`; so whatever architecture the host knows can be trained.
+The teacher is the MODEL as it is patched; student and proxy are LoRAs, or whole differences, beside
+the same frozen weights (see `adapters`), which may be a quantised file's (QLoRA, arXiv 2305.14314).
+What it is told is CONDITIONING through the model's own `extra_conds`, its velocity is
+(x − denoised) / sigma of the model's own `apply_model`; so whatever architecture the host knows can
+be trained.
 """
 
 import logging
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Entry = list  # one of a CONDITIONING: [tensor, options]
 SMALLEST_SIGMA = 1e-3  # below it, x − denoised is lost in rounding
-BYTES = 36  # of a LoRA's number: it, its gradient, Adam's two, twice for the proxy; its average
+BYTES = 36  # of a learned number: it, its gradient, Adam's two, again for the proxy; its average
 UNTAUGHT = {"control", "hooks", "area", "mask", "gligen", "start_percent", "end_percent"}
 
 
@@ -38,7 +39,7 @@ class Adapters:
     `Text` is a list of what the network is told, an item for each sample.
     """
 
-    hidden = ()  # a LoRA's factors all learn by AdamW
+    hidden = ()  # all learn by AdamW
 
     def __init__(
         self,
@@ -60,9 +61,6 @@ class Adapters:
         self.negative = self._tell(untold[0], "negative") if untold else None
 
     def student(self, config, start: dict[str, Tensor] | None) -> LoRASet:
-        """Raises: ValueError for rank 0: the weights are not to be changed."""
-        if config.rank < 1:
-            raise ValueError(f"rank is {config.rank}: a MODEL of ComfyUI learns a LoRA, 1 or more")
         loras = LoRASet(self.layers, config.rank, config.seed)
         if start is not None:
             loras.take(start)
@@ -136,7 +134,7 @@ class Adapters:
 
     @torch.no_grad()
     def follow(self, proxy: LoRASet, student: LoRASet, share: float) -> None:
-        """Of the factors, not of their products, which low rank cannot average."""
+        """Of a LoRA's factors, not of their products, which low rank cannot average."""
         for value, goal in zip(proxy.parameters(), student.parameters(), strict=True):
             value.lerp_(goal, share)
 
@@ -178,16 +176,18 @@ def training(
     rank: int,
     batch: int,
     recompute: bool = True,
+    each: int = BYTES,
     dtype: torch.dtype | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Iterator[Adapters]:
     """A MODEL ready to learn LoRAs; afterwards it is as it was, unless it was sharded.
 
     positive: CONDITIONING of one entry or more; negative: of one, or None. shape: of a latent,
-    without the batch. dtype: of activations; None: the MODEL's own, but bfloat16 for float16, whose
-    gradients vanish. mesh: the processes that the MODEL's weights are sharded over; None: each has
-    all of them. Everything that learns must be made inside. Raises: ValueError for a model
-    that is no flow model, and where memory would not do.
+    without the batch. rank: 0 for whole weights. each: bytes that a learned number takes.
+    dtype: of activations; None: the MODEL's own, but bfloat16 for float16, whose gradients vanish.
+    mesh: the processes that the MODEL's weights are sharded over; None: each has all of them.
+    Everything that learns must be made inside. Raises: ValueError for a model that is no flow
+    model, and where memory would not do.
     """
     require_flow(model)
     with torch.inference_mode(False), torch.enable_grad():
@@ -196,7 +196,7 @@ def training(
             dtype = torch.bfloat16
         if dtype is not None:
             patcher.set_model_compute_dtype(dtype)
-        needed = memory_needed(patcher.model, shape, rank, batch, recompute)
+        needed = memory_needed(patcher.model, shape, rank, batch, recompute, each)
         if mesh is None:
             management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
         else:
@@ -243,17 +243,19 @@ def joined(model, latents: list[dict]) -> Tensor:
     return torch.cat(samples)
 
 
-def memory_needed(model, shape: tuple[int, ...], rank: int, batch: int, recompute: bool) -> int:
+def memory_needed(
+    model, shape: tuple[int, ...], rank: int, batch: int, recompute: bool, each: int
+) -> int:
     """Bytes beside the model's weights, estimated: what learns, and what the backward keeps.
 
     The host's estimate of what one call takes stands for one block's share; without recomputing,
     every block has one.
     """
     shapes = [layer.weight.shape for layer in linear_layers(model).values()]
-    numbers = sum(min(rank, *shape) * sum(shape) for shape in shapes)
+    numbers = sum(min(rank, *s) * sum(s) if rank else math.prod(s) for s in shapes)
     call = model.memory_required([2 * batch, *shape])
     kept = 2 if recompute else 1 + sum(map(len, block_lists(model)))
-    return int(numbers * BYTES + call * kept)
+    return int(numbers * each + call * kept)
 
 
 def check_memory(needed: int, device: torch.device) -> None:
@@ -267,8 +269,8 @@ def check_memory(needed: int, device: torch.device) -> None:
     if needed > free:
         raise ValueError(
             f"Training takes about {needed / 1e9:.2f} GB beside the model, and {device} has "
-            f"{free / 1e9:.2f} free: take a smaller latent, batch or rank, or a model quantised to "
-            "fewer bits."
+            f"{free / 1e9:.2f} free: take a smaller latent or batch, a LoRA of a lower rank, or a "
+            "model quantised to fewer bits."
         )
 
 

@@ -59,7 +59,13 @@ class FewStepDistill(io.ComfyNode):
                     tooltip="The teacher's CFG, 1 to 30, which the student learns to do without. "
                     "Other than 1 it needs a negative prompt.",
                 ),
-                io.Int.Input("rank", default=16, min=1, max=512, tooltip="Of the LoRA, 1 to 512."),
+                io.Int.Input(
+                    "rank",
+                    default=16,
+                    min=0,
+                    max=512,
+                    tooltip="Of the LoRA, 1 to 512; 0 learns whole weights, in much more memory.",
+                ),
                 io.Float.Input(
                     "learning_rate",
                     default=1e-4,

@@ -115,6 +115,20 @@ def test_branches_of_a_lora_merge_exactly(tmp_path):
     assert not list(tmp_path.glob("two-*-data.pt"))
 
 
+def test_whole_weights_learn_and_merge(tmp_path):
+    settings = ["rank=0", "steps=2", "guidance=2", "proxy_steps=1", "sigmas=[1, 0.75, 0.5, 0]"]
+    first = host_run.run(options(tmp_path, settings=settings))
+    learned = load_file(first)
+    assert {key.rpartition(".")[2] for key in learned} == {"diff", "diff_b"}
+    assert sum(value.any().item() for value in learned.values()) > 20
+    given = {"name": "two", "start": first, "ratio": 0.75}
+    merged = load_file(host_run.run(options(tmp_path, "split", settings, **given)))
+    low, high = (load_file(tmp_path / f"two-{part}.safetensors") for part in ("low", "high"))
+    for name, value in merged.items():
+        expected = torch.lerp(low[name].float(), high[name].float(), 0.75)
+        torch.testing.assert_close(value.float(), expected, rtol=2**-7, atol=1e-6)
+
+
 def test_a_split_needs_a_student(tmp_path):
     with pytest.raises(ValueError, match="split goes on from a student: pass its LoRA as --start"):
         host_run.run(options(tmp_path, "split", ratio=0.5))
@@ -127,7 +141,7 @@ def test_a_split_needs_a_student(tmp_path):
         ({"text_encoder": None}, "the prompts need --text-encoder"),
         ({"settings": ["stepz=2"]}, "no setting stepz. There are .*steps"),
         ({"settings": ["dtype=fp8"]}, "dtype is 'fp8': expected one of model, bf16, fp32"),
-        ({"settings": ["rank=0"]}, "rank is 0: a MODEL of ComfyUI learns a LoRA"),
+        ({"settings": ["rank=-1"]}, "rank is -1: expected a whole number from 0 on"),
         ({"settings": ["sigmas=[0.9, 0]"]}, "starts at 1"),
         ({"size": (0, 32)}, "--size is 0 32: each side needs 16 pixels or more"),
         ({"size": (32, -8)}, "--size is 32 -8"),
@@ -200,10 +214,11 @@ def test_a_trajectory_that_is_not_finite_is_not_written_and_named_on_disk(tmp_pa
         host_run.run(options(tmp_path, settings=["steps=4", "guidance=2"]))
 
 
+@pytest.mark.parametrize("rank", [2, 0])
 @pytest.mark.parametrize("method", few_step_lora.METHODS)
-def test_a_run_cut_anywhere_goes_on_to_the_same_weights(tmp_path, method):
+def test_a_run_cut_anywhere_goes_on_to_the_same_weights(tmp_path, method, rank):
     plan = few_step_lora.Plan(
-        (1.0, 0.5, 0.0), method, steps=4, rank=2, batch=2, teacher_steps=2, trajectories=2
+        (1.0, 0.5, 0.0), method, steps=4, rank=rank, batch=2, teacher_steps=2, trajectories=2
     )
     cond = [torch.randn(1, 7, 4096), {"pooled_output": torch.randn(1, 1408)}]
     model, ends = load_diffusion_model(str(MODEL)), []

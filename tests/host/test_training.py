@@ -15,7 +15,7 @@ from fewstep.tests.host import toys
 from fewstep.tests.host.published import flux
 
 SHAPE = (16, 8, 8)
-CONFIG = SimpleNamespace(rank=4, seed=3)
+CONFIG, WHOLE = (SimpleNamespace(rank=rank, seed=3) for rank in (4, 0))
 
 
 def prompt(seed, tokens=7):
@@ -46,6 +46,11 @@ def model(request, exact, tmp_path):
     return request.param(tmp_path)
 
 
+@pytest.fixture(params=[CONFIG, WHOLE], ids=["LoRA", "whole weights"])
+def config(request):
+    return request.param
+
+
 def open_training(model, recompute=True, **changes):
     given = {"positive": POSITIVE, "negative": NEGATIVE, "shape": SHAPE, "rank": 4, "batch": 2}
     return training.training(model, **(given | changes), recompute=recompute)
@@ -66,8 +71,10 @@ def filled(loras):
     """A set that changes something."""
     draw = torch.Generator().manual_seed(9)
     with torch.no_grad():
-        for layer in loras.layers:
-            layer.up.copy_(0.1 * torch.randn(layer.up.shape, generator=draw))
+        for name, value in loras.named_parameters():
+            if not name.endswith("down"):
+                size = 0.1 if "up" in name else 0.02
+                value.copy_(size * torch.randn(value.shape, generator=draw))
     return loras
 
 
@@ -97,12 +104,12 @@ def test_prompts_of_several_lengths_are_told_as_one_by_one(model):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_gradients_are_those_of_small_differences(model, recompute):
+def test_gradients_are_those_of_small_differences(model, config, recompute):
     """Also where another set was switched on before the backward."""
     sigma = torch.full((3,), 0.7)
     with open_training(model, recompute) as backbone:
-        loras, proxy = filled(backbone.student(CONFIG, None)), backbone.proxy(CONFIG)
-        text, _ = backbone.read([0, 1, 2], CONFIG, None)
+        loras, proxy = filled(backbone.student(config, None)), backbone.proxy(config)
+        text, _ = backbone.read([0, 1, 2], config, None)
 
         def loss():
             first = backbone.velocity(loras, noise(), sigma, text)
@@ -138,11 +145,11 @@ def test_a_kernel_without_a_backward_is_not_asked(model):
         backbone.velocity(loras, noise(1), torch.ones(1), text).sum().backward()
 
 
-def test_a_frozen_set_passes_its_inputs_gradient_alone(model):
+def test_a_frozen_set_passes_its_inputs_gradient_alone(model, config):
     sigma = torch.full((3,), 0.7)
     with open_training(model) as backbone:
-        loras = filled(backbone.student(CONFIG, None))
-        text, _ = backbone.read([0, 1, 2], CONFIG, None)
+        loras = filled(backbone.student(config, None))
+        text, _ = backbone.read([0, 1, 2], config, None)
         found = []
         for frozen in (True, False):
             x = noise().requires_grad_()
@@ -156,26 +163,17 @@ def test_a_frozen_set_passes_its_inputs_gradient_alone(model):
     torch.testing.assert_close(*found)
 
 
-def test_the_lora_loads_by_the_stock_node_as_it_was_learned(model):
+def test_what_was_learned_loads_by_the_stock_node(model, config):
     before = draw(model)
     with open_training(model) as backbone, torch.no_grad():
-        loras = filled(backbone.student(CONFIG, None))
-        text, _ = backbone.read([0], CONFIG, None)
+        loras = filled(backbone.student(config, None))
+        text, _ = backbone.read([0], config, None)
         start = comfy.sample.prepare_noise(torch.zeros(1, *SHAPE), 7)
         expected = backbone.velocity(loras, start, torch.ones(1), text)
         file = backbone.weights(loras)
-        again = backbone.student(CONFIG, file)
+        again = backbone.student(config, file)
         for value, own in zip(again.parameters(), loras.parameters(), strict=True):
             assert torch.equal(value, own)
-        with pytest.raises(ValueError, match=r"shape \(128, 4\) .*same model and rank"):
-            backbone.student(SimpleNamespace(rank=2, seed=0), file)
-        up, alpha = f"{loras.names[1]}.lora_up.weight", f"{loras.names[1]}.alpha"
-        for changed, said in (
-            ({up: file[up] / 0}, rf"NaN or infinity in {up}"),
-            ({alpha: torch.ones(2)}, rf"has 2 numbers for {alpha}, expected one"),
-        ):
-            with pytest.raises(ValueError, match=said):
-                backbone.student(CONFIG, file | changed)
     patched = LoraModelLoader.execute(model, file, 1.0).args[0]
     with open_training(patched) as backbone, torch.no_grad():
         text, _ = backbone.read([0], CONFIG, None)
@@ -183,6 +181,39 @@ def test_the_lora_loads_by_the_stock_node_as_it_was_learned(model):
     torch.testing.assert_close(loaded, expected, rtol=1e-3, atol=1e-4)
     assert (draw(patched) - before).abs().max() > 1e-3
     assert torch.equal(draw(model), before)
+
+
+def test_a_start_that_does_not_fit_is_named(exact, tmp_path):
+    with open_training(plain(tmp_path)) as backbone:
+        file = backbone.weights(backbone.student(CONFIG, None))
+        whole = backbone.weights(backbone.student(WHOLE, None))
+        name = next(key for key in file if "joint" in key).partition(".lora_")[0]
+        up, alpha, bias = (f"{name}.{part}" for part in ("lora_up.weight", "alpha", "diff_b"))
+        rank = SimpleNamespace(rank=2, seed=0)
+        for given, config, said in (
+            (file, rank, r"shape \(4, 256\) .*same model and rank"),
+            (file, WHOLE, r"has nothing for .*\.diff, expected .*same model and rank"),
+            (whole, CONFIG, r"has nothing for .*lora_down\.weight"),
+            (whole | {bias: torch.ones(3)}, WHOLE, rf"has shape \(3,\) for {bias}"),
+            (whole | {bias: whole[bias] / 0}, WHOLE, rf"NaN or infinity in {bias}"),
+            (file | {up: file[up] / 0}, CONFIG, rf"NaN or infinity in {up}"),
+            (file | {alpha: torch.ones(2)}, CONFIG, rf"has 2 numbers for {alpha}, expected one"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                backbone.student(config, given)
+
+
+def test_memory_is_asked_for_what_learns(monkeypatch):
+    """Of whole weights, all of them; of fewer bytes each where the optimizer keeps fewer."""
+    model, asked = plain(None), []
+    monkeypatch.setattr(training, "check_memory", lambda needed, device: asked.append(needed))
+    for rank, each in ((4, 20), (0, 20), (0, 14)):
+        with open_training(model, rank=rank, each=each) as backbone:
+            layers = backbone.layers.values()
+    low = sum(4 * sum(layer.weight.shape) for layer in layers)
+    whole = sum(layer.weight.numel() for layer in layers)
+    assert asked[1] - asked[2] == 6 * whole
+    assert asked[1] - asked[0] == 20 * (whole - low)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -245,8 +276,6 @@ def test_what_cannot_be_learned_is_refused():
         text, _ = backbone.read([1], CONFIG, None)
         with pytest.raises(ValueError, match=r"context_embedder takes .* 4096 .* given 768"):
             backbone.velocity(None, noise(1), torch.ones(1), text)
-    with pytest.raises(ValueError, match="rank is 0"), open_training(model) as backbone:
-        backbone.student(SimpleNamespace(rank=0, seed=0), None)
     with (
         pytest.raises(ValueError, match=r"about [\d.]+ GB beside the model"),
         open_training(model, batch=10**9),
