@@ -118,7 +118,9 @@ def _run(
 
 
 def read_lora(path: str) -> dict[str, Tensor]:
-    """Raises: ValueError naming a file that is not, or no whole, safetensors."""
+    """Raises: ValueError naming a file that is not there, or not, or no whole, safetensors."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}, the LoRA to start from")
     if not is_safetensors(path):
         raise ValueError(f"{path}: the LoRA to start from is no .safetensors file")
     return read(path)[0]

@@ -11,8 +11,11 @@ A layer's own weight gets no gradient, so its backward needs only the weight, wh
 there: kernels that autograd knows nothing of may compute the forward, and no input is kept for it.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dis import opname
+from types import FrameType
 
 import comfy.ops
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from .files import is_finite
@@ -156,9 +160,35 @@ class Switch:
     def set(self, loras: LoRASet | None, frozen: bool) -> Iterator[None]:
         before, self.on = self.on, (loras, frozen)
         try:
-            yield
+            with _OutOfPlace():
+                yield
         finally:
             self.on = before
+
+
+_INSTEAD = {
+    Tensor.add_: torch.add,
+    Tensor.sub_: torch.sub,
+    Tensor.mul_: torch.mul,
+    Tensor.div_: torch.div,
+}
+
+
+class _OutOfPlace(TorchFunctionMode):
+    """Has `x += y` make a new tensor, where there are gradients: some of the host's blocks (FLUX's,
+    LTX-Video's) so change what the backward still needs. torch names that as an error, but under
+    gradient checkpointing it computes wrong gradients.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in _INSTEAD and torch.is_grad_enabled() and _augments(sys._getframe(1)):
+            return _INSTEAD[function](*args).to(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def _augments(frame: FrameType) -> bool:
+    """Whether it is at `x += y` or the like, and not at `x.add_(y)`, whose result goes nowhere."""
+    return opname[frame.f_code.co_code[frame.f_lasti]].startswith(("BINARY_OP", "INPLACE_"))
 
 
 class _Frozen(torch.autograd.Function):

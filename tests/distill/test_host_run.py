@@ -147,7 +147,8 @@ def test_a_split_needs_a_student(tmp_path):
         ({"size": (32, -8)}, "--size is 32 -8"),
         ({"clip_type": "foo"}, "no clip type foo: expected one of sd3, .*flux"),
         ({"text_encoder": [Path("gone.gguf")]}, r"there is no file gone\.gguf"),
-        ({"start": Path("lora.gguf")}, r"lora\.gguf: the LoRA to start from is no \.safetensors"),
+        ({"start": Path("gone.safetensors")}, r"there is no file gone\.safetensors, the LoRA"),
+        ({"start": MODEL}, r"fewstep-demo\.gguf: the LoRA to start from is no \.safetensors"),
     ],
 )
 def test_what_is_missing_or_wrong_is_named(tmp_path, changes, said):
