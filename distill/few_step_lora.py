@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host.learned import Progress, kept_if_stopped
+from ..host.learned import Progress, kept_if_stopped, lora_model
 from ..host.training import Adapters, training
 from .loop import TrainingDiverged
 from .match import MatchConfig, MatchTask
@@ -172,7 +172,8 @@ def build(
 
 @dataclass
 class Learned:
-    """What a training has come to: steps done, and the weights after so many of them.
+    """What a training has come to: steps done, and the weights after so many of them, as a file has
+    them.
 
     A finite loss proves the weights that it was computed with, so what is kept of a training that
     diverges is what stood before the last step that was proved.
@@ -195,7 +196,7 @@ class Learned:
                 self.proved, self.marked = self.marked, None
             self.losses.append(loss)
             if (index + 1) % MARK == 0:
-                self.marked = index + 1, self.task.weights()
+                self.marked = index + 1, lora_model(self.task.weights())
             yield index + 1
 
     def _told(self, loss: float, index: int, count: int) -> str:

@@ -58,6 +58,7 @@ def run(options: Namespace) -> Path | None:
             options.folder = Path(passing)
             return stage(options, plan, name, together)
     options.folder.mkdir(parents=True, exist_ok=True)
+    name_and_size(Path(options.model))
     return stage(options, plan, name, together)
 
 
@@ -113,7 +114,10 @@ def _run(
         path = options.folder / f"{name}.safetensors"
         if writes:
             save_lora(task.weights(), path)
-            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB after {done.steps} steps")
+            print(
+                f"{path}: {path.stat().st_size / 1e6:.1f} MB after {done.steps} steps; draw with "
+                f"sigmas {' '.join(f'{sigma:g}' for sigma in plan.sigmas)} at CFG 1"
+            )
         return path
 
 
@@ -163,9 +167,11 @@ def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:
         raise ValueError("what is to be learned? Pass --images FOLDER or --prompts FILE, just one")
     pictures = data.captioned(options.images) if options.images else []
     texts = [words for _, words in pictures] or data.prompts(options.prompts)
-    if options.size and min(options.size) < SMALLEST:
+    if options.size and (min(options.size) < SMALLEST or any(side % 8 for side in options.size)):
         given = " ".join(map(str, options.size))
-        raise ValueError(f"--size is {given}: each side needs {SMALLEST} pixels or more")
+        raise ValueError(
+            f"--size is {given}: each side needs {SMALLEST} pixels or more, and whole eights"
+        )
     files = [f"{path.name} {path.stat().st_mtime_ns}" for path, _ in pictures]
     size = list(options.size) if options.size else []
     made = {

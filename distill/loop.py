@@ -267,7 +267,8 @@ def _train(task, path, budget, save_seconds, config, watch, writes, pressed) -> 
                 written, saved = save(), done.seconds
     finally:
         keep()
-    log.info("%s: %d samples in %d steps, in %s", task.name, done.samples, done.steps, path)
+    told = "%s: %d samples in %d steps; %s is the checkpoint, to go on from"
+    log.info(told, task.name, done.samples, done.steps, path)
     return done
 
 

@@ -1,6 +1,6 @@
 """Few-step sampling as pure maths on tensors: schedules, step rules, presets. No ComfyUI here."""
 
-from .metadata import preset_from_metadata, preset_to_metadata
+from .metadata import preset_from_metadata, preset_to_metadata, without_preset
 from .presets import SURE, T5_MODES, Preset
 from .rules import RULES, sample_euler, sample_renoise
 from .schedules import check_sigmas, flux2_mu, parse_sigmas, resample, shift_from_mu, uniform
@@ -25,4 +25,5 @@ __all__ = [
     "sample_renoise",
     "shift_from_mu",
     "uniform",
+    "without_preset",
 ]

@@ -43,6 +43,13 @@ def preset_to_metadata(preset):
     return {**metadata, **sides}
 
 
+def without_preset(metadata):
+    """Metadata without any preset's keys; what else begins with `fewstep.` stays."""
+    own = {PREFIX + field for field in ("version", "steps", *TEXTS, *FLOATS)}
+    rows = tuple(f"{PREFIX}{field}." for field in ("sigmas", "latent_sides"))
+    return {k: v for k, v in metadata.items() if k not in own and not k.startswith(rows)}
+
+
 def preset_from_metadata(metadata):
     """The Preset in a mapping of GGUF metadata, or None if it has no `fewstep.version`.
 

@@ -11,23 +11,24 @@ A layer's own weight gets no gradient, so its backward needs only the weight, wh
 there: kernels that autograd knows nothing of may compute the forward, and no input is kept for it.
 """
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dis import opname
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
 
 import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
 from comfy.weight_adapter.base import WeightAdapterTrainBase
 from comfy.weight_adapter.bypass import BypassInjectionManager
+from comfy_kitchen.backends import eager
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_hooks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_map_only
 
 from .files import is_finite
 
@@ -125,9 +126,17 @@ class LoRASet(nn.Module):
 
     @torch.no_grad()
     def take(self, state: Mapping[str, Tensor]) -> None:
-        """Raises: ValueError naming the first tensor that does not fit or is not finite."""
+        """Raises: ValueError naming the first tensor that does not fit, is not finite or belongs to
+        no layer of these."""
         for name, layer in zip(self.names, self.layers, strict=True):
             layer.take(state, name)
+        known = {f"{name}." for name in self.names}
+        for key in state:
+            if not any(key.startswith(name) for name in known):
+                raise ValueError(
+                    f"the LoRA to start from has {key}, for which this model has no layer: start "
+                    "from one of the same model"
+                )
 
 
 def _copied(value: Tensor) -> Tensor:
@@ -160,35 +169,23 @@ class Switch:
     def set(self, loras: LoRASet | None, frozen: bool) -> Iterator[None]:
         before, self.on = self.on, (loras, frozen)
         try:
-            with _OutOfPlace():
+            with _Differentiable():
                 yield
         finally:
             self.on = before
 
 
-_INSTEAD = {
-    Tensor.add_: torch.add,
-    Tensor.sub_: torch.sub,
-    Tensor.mul_: torch.mul,
-    Tensor.div_: torch.div,
-}
-
-
-class _OutOfPlace(TorchFunctionMode):
-    """Has `x += y` make a new tensor, where there are gradients: some of the host's blocks (FLUX's,
-    LTX-Video's) so change what the backward still needs. torch names that as an error, but under
-    gradient checkpointing it computes wrong gradients.
+class _Differentiable(TorchFunctionMode):
+    """Has plain torch compute comfy_kitchen's operations where there are gradients: of its own
+    kernels torch knows no derivative, and not all of the host's models ask for another way.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in _INSTEAD and torch.is_grad_enabled() and _augments(sys._getframe(1)):
-            return _INSTEAD[function](*args).to(args[0].dtype)
+        if isinstance(function, OpOverload | OpOverloadPacket) and torch.is_grad_enabled():
+            space, name = str(function).split(".")[:2]
+            if space == "comfy_kitchen":
+                function = getattr(eager, name)
         return function(*args, **(kwargs or {}))
-
-
-def _augments(frame: FrameType) -> bool:
-    """Whether it is at `x += y` or the like, and not at `x.add_(y)`, whose result goes nowhere."""
-    return opname[frame.f_code.co_code[frame.f_lasti]].startswith(("BINARY_OP", "INPLACE_"))
 
 
 class _Frozen(torch.autograd.Function):
@@ -253,13 +250,15 @@ def switched(model: nn.Module, recompute: bool) -> Iterator[tuple[Switch, dict[s
     injections = manager.create_injections(model)
     lists = block_lists(model) if recompute else []
     recomputed = [block for members in lists for block in members]
+    changing: set[nn.Module] = set()
     own = _plain_tensors(model, set(layers.values()))
     try:
         for injection in injections:
             injection.inject(None)
         for block in recomputed:
-            block.forward = _recomputing(block.forward, switch)
-        yield switch, layers
+            block.forward = _recomputing(block.forward, switch, changing, block)
+        with nullcontext() if recompute else allow_mutation_on_saved_tensors():
+            yield switch, layers
     finally:
         for block in recomputed:
             del block.forward  # the class's own shows again
@@ -286,19 +285,80 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     model.to(device)
 
 
-def _recomputing(forward, switch: Switch):
-    """`forward` under gradient checkpointing; computed again, it sees the set of the first time."""
+class _Enough(Exception):
+    """All that was saved is there again."""
+
+
+class _Again:
+    """What autograd saved of one call of a block: numbers, until the backward asks for the first
+    tensor; then the block is computed again.
+
+    Where a tensor was changed in place after it was saved, it is computed once more, and copied as
+    it is saved; `changing` is told, and the next time it is copied from the start.
+    """
+
+    def __init__(self, call: Callable[[], Any], changing: set[nn.Module], block: nn.Module):
+        self.call, self.changing, self.block = call, changing, block
+        self.count, self.saved = 0, {}
+
+    def pack(self, _tensor: Tensor) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def unpack(self, number: int) -> Tensor:
+        if number not in self.saved:
+            self.saved = dict(enumerate(self.compute()))
+        return self.saved.pop(number)
+
+    def compute(self) -> list[Tensor]:
+        copying, saved, versions = self.block in self.changing, [], []
+
+        def keep(tensor: Tensor) -> None:
+            tensor = tensor.detach()
+            saved.append(tensor.clone() if copying else tensor)
+            versions.append(_version(saved[-1]))
+            if len(saved) == self.count:
+                raise _Enough
+
+        with suppress(_Enough), torch.enable_grad(), saved_tensors_hooks(keep, _never):
+            self.call()
+        if versions == [_version(tensor) for tensor in saved]:
+            return saved
+        self.changing.add(self.block)
+        return self.compute()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _never(_saved: Any) -> Tensor:
+    raise RuntimeError("a block that is computed again has no backward of its own")
+
+
+def _recomputing(
+    forward: Callable, switch: Switch, changing: set[nn.Module], block: nn.Module
+) -> Callable:
+    """A block's `forward` under gradient checkpointing; computed again, it sees the set of the
+    first time. Some of the host's blocks change in place what they are given, or what their
+    backward needs (`img += …`), where torch's own checkpointing computes wrong gradients without a
+    word: so they are given copies, and see `_Again`.
+    """
 
     def run(*args, **kwargs):
-        on = switch.on
-
-        def again(args, kwargs):
-            with switch.set(*on):
-                return forward(*args, **kwargs)
-
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(again, args, kwargs, use_reentrant=False)
+        on = switch.on
+
+        def call():
+            given, more = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            with switch.set(*on):
+                return forward(*given, **more)
+
+        again = _Again(call, changing, block)
+        with saved_tensors_hooks(again.pack, again.unpack):
+            return call()
 
     return run
 

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 Entry = list  # one of a CONDITIONING: [tensor, options]
 SMALLEST_SIGMA = 1e-3  # below it, x − denoised is lost in rounding
 BYTES = 36  # of a learned number: it, its gradient, Adam's two, again for the proxy; its average
+KEPT = 10  # and in the CPU's memory: copies to go back to, and that which is given out
 UNTAUGHT = {"control", "hooks", "area", "mask", "gligen", "start_percent", "end_percent"}
 
 
@@ -109,11 +110,15 @@ class Adapters:
 
     @contextmanager
     def tapped(self, network: nn.Module) -> Iterator[list[Tensor]]:
-        """All tokens, of picture and prompt, that each block gives; of the longest list of them."""
+        """All tokens, of picture and prompt, that each block gives; of the longest list of them.
+        Where the prompt's are narrower (Mochi), only the picture's.
+        """
         features: list[Tensor] = []
 
         def keep(_module, _args, out):
             parts = [out] if torch.is_tensor(out) else [part for part in out if part is not None]
+            width = max(part.shape[-1] for part in parts)
+            parts = [part for part in parts if part.shape[-1] == width]
             features.append(torch.cat([part.float().flatten(1, -2) for part in parts], 1))
 
         chosen = max(block_lists(self.model), key=len)
@@ -152,7 +157,13 @@ class Adapters:
         try:
             with torch.no_grad():
                 made = comfy.samplers.encode_model_conds(
-                    self.model.extra_conds, conds, noise, self.device, kind, latent_image=noise
+                    self.model.extra_conds,
+                    conds,
+                    noise,
+                    self.device,
+                    kind,
+                    latent_image=noise,
+                    latent_shapes=[noise.shape],
                 )[0]["model_conds"]
         except KeyError as error:
             raise ValueError(
@@ -196,13 +207,18 @@ def training(
             dtype = torch.bfloat16
         if dtype is not None:
             patcher.set_model_compute_dtype(dtype)
-        needed = memory_needed(patcher.model, shape, rank, batch, recompute, each)
+        numbers = learned_numbers(patcher.model, rank)
+        needed = numbers * each + memory_needed(patcher.model, shape, batch, recompute)
         if mesh is None:
             management.load_models_gpu([patcher], memory_required=needed, force_full_load=True)
         else:
             management.unload_all_models()
             patcher.patch_model(device_to=patcher.offload_device)
             shard(patcher.model, mesh, patcher.load_device)
+        if management.is_device_cpu(patcher.load_device):
+            needed += numbers * KEPT
+        else:
+            check_memory(numbers * KEPT, torch.device("cpu"))
         check_memory(needed, patcher.load_device)
         was, management.in_training = management.in_training, True
         try:
@@ -243,19 +259,21 @@ def joined(model, latents: list[dict]) -> Tensor:
     return torch.cat(samples)
 
 
-def memory_needed(
-    model, shape: tuple[int, ...], rank: int, batch: int, recompute: bool, each: int
-) -> int:
-    """Bytes beside the model's weights, estimated: what learns, and what the backward keeps.
+def learned_numbers(model, rank: int) -> int:
+    """In a LoRA of that rank; of rank 0, in the weights that learn."""
+    shapes = [layer.weight.shape for layer in linear_layers(model).values()]
+    return sum(min(rank, *s) * sum(s) if rank else math.prod(s) for s in shapes)
+
+
+def memory_needed(model, shape: tuple[int, ...], batch: int, recompute: bool) -> int:
+    """Bytes that the backward keeps, estimated.
 
     The host's estimate of what one call takes stands for one block's share; without recomputing,
     every block has one.
     """
-    shapes = [layer.weight.shape for layer in linear_layers(model).values()]
-    numbers = sum(min(rank, *s) * sum(s) if rank else math.prod(s) for s in shapes)
     call = model.memory_required([2 * batch, *shape])
     kept = 2 if recompute else 1 + sum(map(len, block_lists(model)))
-    return int(numbers * each + call * kept)
+    return int(call * kept)
 
 
 def check_memory(needed: int, device: torch.device) -> None:
@@ -264,7 +282,10 @@ def check_memory(needed: int, device: torch.device) -> None:
     if device.type == "cpu":
         free = min(free, _left_of_limit())
     log.info(
-        "Training takes about %.2f GB beside the model; %.2f are free.", needed / 1e9, free / 1e9
+        "Training takes about %.2f GB of %s beside the model; %.2f are free.",
+        needed / 1e9,
+        device,
+        free / 1e9,
     )
     if needed > free:
         raise ValueError(

@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 
 from . import commands
 from .effort import EFFORTS
@@ -91,8 +92,8 @@ def _add_convert(add) -> None:
            type=commands.parse_override, help="for names like '*.qkv.weight=Q8_0'")  # fmt: skip
     option("--meta", action="append", default=[], type=commands.parse_meta, metavar="KEY=VALUE",
            help="a field to write, as fewstep.sigmas.4=1,0.9,0.75,0.5,0")  # fmt: skip
-    option("--preset", type=_preset, default={}, metavar="NAME",
-           help="write the few-step schedule of flow/table.py so called")  # fmt: skip
+    option("--preset", type=_preset, metavar="NAME",
+           help="the few-step schedule of flow/table.py so called, for its own")  # fmt: skip
     option("--importance", metavar="F", help="an importance matrix, llama.cpp's imatrix.gguf")
     option("--lora", action="append", default=[], metavar="F[:STRENGTH]",
            type=commands.parse_strength,
@@ -107,13 +108,15 @@ def _add_convert(add) -> None:
     _add_output(command, plot=True)
 
 
-def _preset(name: str) -> dict[str, object]:
-    """The `fewstep.*` fields of a preset, from the room that knows them."""
+def _preset(name: str) -> Callable[[Mapping[str, object]], dict[str, object]]:
+    """A file's fields -> those with this preset's `fewstep.*` in place of another's, by the room
+    that knows them."""
     flow = importlib.import_module(__package__.removesuffix("quant") + "flow")
     try:
-        return flow.preset_to_metadata(flow.find_preset(name))
+        fields = flow.preset_to_metadata(flow.find_preset(name))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return lambda metadata: flow.without_preset(metadata) | fields
 
 
 def _add_output(command: argparse.ArgumentParser, plot: bool = False) -> None:

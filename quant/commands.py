@@ -22,7 +22,7 @@ from .plot import draw, pillow
 from .quantize import writable_types
 from .recipes import BY_BUDGET, RECIPES, Recipe, recipe_named, recipe_of_type, type_named
 from .report import Report
-from .sources import OF_THE_FILE, open_source
+from .sources import OF_THE_FILE, Source, open_source
 from .types import PLAIN_TYPES, QTYPES
 
 
@@ -31,6 +31,7 @@ def run_convert(options: argparse.Namespace) -> None:
     source = open_source(options.source)
     if options.lora:
         source = bake(source, options.lora, options.prefix)
+    source = _scheduled(source, options)
     if options.importance:
         source = replace(source, files=(*source.files, options.importance))
     _check_plot(options.plot)
@@ -47,7 +48,18 @@ def run_convert(options: argparse.Namespace) -> None:
         room = options.budget(plan)
         check_destination(plan, Path(options.destination), size=0)
         plan = fit(plan, room, work.importance, work.progress)
-    _show(convert(plan, options.destination, options.preset | dict(options.meta), work), options)
+    _show(convert(plan, options.destination, dict(options.meta), work), options)
+
+
+def _scheduled(source: Source, options: argparse.Namespace) -> Source:
+    """With the schedule asked for; where a LoRA is baked in and none is, a note on the old one."""
+    if options.preset:
+        return replace(source, metadata=options.preset(source.metadata))
+    old = source.metadata.get("fewstep.name")
+    if not options.lora or old is None or any(k.startswith("fewstep.") for k, _ in options.meta):
+        return source
+    told = f"the few-step schedule is still the source's, {old}: --preset NAME writes another"
+    return replace(source, notes=(*source.notes, told))
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 TESTS = Path(__file__).parent
@@ -26,6 +27,9 @@ loader.load_pack("fewstep")
 
 from fewstep import run  # noqa: E402 (there is no fewstep before this line)
 from fewstep.tests import chromium  # noqa: E402
+
+hypothesis.settings.register_profile("fewstep", deadline=None)  # machines are busy
+hypothesis.settings.load_profile("fewstep")
 
 NOT_RUN = pytest.StashKey[int]()  # how many tests of the browser tier were left out
 

@@ -145,6 +145,8 @@ def test_a_split_needs_a_student(tmp_path):
         ({"settings": ["sigmas=[0.9, 0]"]}, "starts at 1"),
         ({"size": (0, 32)}, "--size is 0 32: each side needs 16 pixels or more"),
         ({"size": (32, -8)}, "--size is 32 -8"),
+        ({"size": (36, 32)}, "--size is 36 32: .*whole eights"),
+        ({"model": Path("gone.gguf")}, r"there is no file gone\.gguf"),
         ({"clip_type": "foo"}, "no clip type foo: expected one of sd3, .*flux"),
         ({"text_encoder": [Path("gone.gguf")]}, r"there is no file gone\.gguf"),
         ({"start": Path("gone.safetensors")}, r"there is no file gone\.safetensors, the LoRA"),

@@ -23,7 +23,8 @@ def distill(*arguments, **environment):
     [
         (["match"], {}, "train the run teacher first"),
         (["match"], {"WORLD_SIZE": "2"}, "the miniature is trained by one"),
-        (["match", "--model", "lost.gguf", "--prompts", "lost.txt"], {}, "lost.txt"),
+        (["match", "--model", "lost.gguf", "--prompts", "lost.txt"], {}, "no file lost.gguf"),
+        (["match", "--model", __file__, "--prompts", "lost.txt"], {}, "lost.txt"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(tmp_path, arguments, environment, told):

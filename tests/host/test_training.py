@@ -11,8 +11,7 @@ from comfy_extras.nodes_custom_sampler import SamplerCustom
 from comfy_extras.nodes_train import LoraModelLoader
 from fewstep.flow import uniform
 from fewstep.host import loading, sampling, training
-from fewstep.host.adapters import Switch
-from fewstep.tests.host import published, toys
+from fewstep.tests.host import architectures, published, toys
 
 SHAPE = (16, 8, 8)
 CONFIG, WHOLE = (SimpleNamespace(rank=rank, seed=3) for rank in (4, 0))
@@ -213,7 +212,7 @@ def test_memory_is_asked_for_what_learns(monkeypatch):
     low = sum(4 * sum(layer.weight.shape) for layer in layers)
     whole = sum(layer.weight.numel() for layer in layers)
     assert asked[1] - asked[2] == 6 * whole
-    assert asked[1] - asked[0] == 20 * (whole - low)
+    assert asked[1] - asked[0] == (20 + training.KEPT) * (whole - low)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -232,31 +231,8 @@ def test_bfloat16_learns_nearly_the_same_and_leaves_the_model(model, recompute):
     assert torch.equal(draw(model), before)
 
 
-def test_augmented_assignments_make_new_tensors_where_there_are_gradients():
-    def changed(x, y):
-        was, part = x, x.clone()
-        x += y
-        x -= 2 * y
-        x *= y
-        x /= 2
-        part[1:] += y[1:]
-        return was, x, part, x.clone().add_(y)
-
-    x, y = torch.ones(3, dtype=torch.bfloat16, requires_grad=True), torch.full((3,), 4.0)
-    with Switch().set(None, False):
-        was, now, part, explicit = changed(x, y)
-        assert was is x and x.tolist() == [1, 1, 1] and now.dtype == torch.bfloat16
-        assert part.tolist() == [1, 5, 5] and explicit.tolist() == [-2, -2, -2]
-        assert now.tolist() == [-6, -6, -6] and now.requires_grad
-        with torch.no_grad():
-            was, now, *_ = changed(torch.ones(3), y)
-            assert was is now
-    now = x.detach().clone()
-    assert changed(now, y)[1] is now  # and nothing is changed outside
-
-
 # what a prompt's CONDITIONING is of, and a latent's shape
-ARCHITECTURES = {
+PUBLISHED = {
     "flux": (published.flux, 4096, {"pooled_output": torch.ones(1, 768), "guidance": 3.5}, SHAPE),
     "wan": (published.wan, 4096, {}, (16, 2, 8, 8)),
     "qwen_image": (published.qwen_image, 3584, {}, (16, 1, 8, 8)),
@@ -265,17 +241,28 @@ ARCHITECTURES = {
 SLOW = {"qwen_image", "z_image"}  # of a width that the host knows them by
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in ARCHITECTURES]
-)
-def test_others_learn_too(name):
-    """Recomputing blocks changes nothing, though some of the host's add in place to what they are
-    given. The second call is as matching makes it: only its input's gradient is asked for.
+def of_published(name, _monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    shapes = PUBLISHED[name][0]().items()
+    return comfy.sd.load_diffusion_model_state_dict(
+        {key: 0.03 * torch.randn(shape, generator=draw) for key, shape in shapes}
+    )
+
+
+def others():
+    for name, (_, *rest) in PUBLISHED.items():
+        marks = [pytest.mark.slow] * (name in SLOW)
+        yield pytest.param(of_published, name, *rest, id=name, marks=marks)
+    for name, (*_, width, extra, shape) in architectures.SMALL.items():
+        yield pytest.param(architectures.load, name, width, extra, shape, id=name)
+
+
+@pytest.mark.parametrize("make, name, width, extra, shape", list(others()))
+def test_others_learn_too(exact, monkeypatch, make, name, width, extra, shape):
+    """Recomputing blocks changes no gradient, though some of the host's change in place what the
+    backward needs. The second call is as matching makes it: only its input's gradient is asked for.
     """
-    shapes, width, extra, shape = ARCHITECTURES[name]
-    draw, learned = torch.Generator().manual_seed(0), []
-    weights = {n: 0.03 * torch.randn(s, generator=draw) for n, s in shapes().items()}
-    model = comfy.sd.load_diffusion_model_state_dict(weights)
+    model, draw, learned = make(name, monkeypatch), torch.Generator().manual_seed(1), []
     cond = [[torch.randn(1, 5, width, generator=draw), extra]]
     x = torch.randn(1, *shape, generator=draw)
     given = {"positive": cond, "negative": None, "shape": shape, "batch": 1}
@@ -289,12 +276,13 @@ def test_others_learn_too(name):
             (made.square().mean() + features[-1].square().mean()).backward()
             assert features[0].shape[::2] == (1, backbone.features()[1])
             learned.append([p.grad for p in loras.parameters()])
-    for one, other in zip(*learned, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:  # the same sums, but for where their numbers lie
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    kept, again = learned
+    assert [grad is None for grad in kept] == [grad is None for grad in again]
+    kept, again = (torch.cat([g.flatten() for g in one if g is not None]) for one in learned)
+    assert kept.isfinite().all() and (again - kept).norm() < 1e-5 * kept.norm()
     seen = [grad is not None and bool(grad.any()) for grad in learned[0]]
-    assert sum(seen) > 0.75 * len(seen)  # a last block's text teaches nothing
+    # a last block's text teaches nothing, nor LTX-2's sound, of which there is none
+    assert sum(seen) > (0.25 if name == "ltxav" else 0.75) * len(seen)
 
 
 def test_what_cannot_be_learned_is_refused():

@@ -210,7 +210,7 @@ def test_a_model_of_another_kind_is_refused(monkeypatch, model):
 def test_memory_is_told_before_it_trains(model, caplog):
     with caplog.at_level(logging.INFO):
         distil(model, steps=1)
-    assert "GB beside the model" in caplog.text
+    assert "GB of cpu beside the model" in caplog.text
     with pytest.raises(ValueError, match="take a smaller latent or batch, a LoRA of a lower rank"):
         distil(model, batch_size=[10**9])
     assert training.management.in_training is False

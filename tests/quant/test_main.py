@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fewstep.flow import preset_from_metadata
+from fewstep.flow import find_preset, preset_from_metadata, preset_to_metadata
 from fewstep.quant import GGUFError, GGUFFile, write_gguf
 from fewstep.quant.__main__ import main
 from fewstep.quant.commands import parse_meta
@@ -90,6 +90,17 @@ def test_preset_plot_and_lines_for_all_tensors(run, tmp_path, source):
     assert all(name in done.stdout for name in models.sd3())
     preset = preset_from_metadata(GGUFFile(target).metadata)
     assert preset.name == "sd3.5-large-turbo"
+    again = tmp_path / "b.gguf"  # of another preset nothing stays
+    for name in ("swd-sd3.5", "flux.1-schnell"):
+        meta = ["--meta", "fewstep.mine=1"] if name == "swd-sd3.5" else []
+        run("convert", again if again.exists() else target, tmp_path / f"{name}.gguf",
+            "--type", "Q4_0", "--preset", name, *meta)  # fmt: skip
+        again = tmp_path / f"{name}.gguf"
+    fields = GGUFFile(again).metadata
+    assert preset_to_metadata(preset_from_metadata(fields)) == preset_to_metadata(
+        find_preset("flux.1-schnell")
+    )
+    assert fields["fewstep.mine"] == 1 and "fewstep.latent_sides.4" not in fields
     with Image.open(plot) as picture:
         assert picture.size == (1200, 640) and len(picture.getcolors(10**6)) > 3
     done = run("compare", target, target, "--plot", tmp_path / "same.png")  # nothing to draw
