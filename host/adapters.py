@@ -12,8 +12,8 @@ there: kernels that autograd knows nothing of may compute the forward, and no in
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import comfy.ops
 import torch
@@ -23,14 +23,14 @@ from comfy.weight_adapter.bypass import BypassInjectionManager
 from comfy_kitchen.backends import eager
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
-from torch.autograd.graph import allow_mutation_on_saved_tensors, saved_tensors_hooks
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from .files import is_finite
+from .recomputing import recomputing
 
 ROOT = "diffusion_model"  # where a MODEL keeps its network, and how LoRA files' names begin
 
@@ -174,6 +174,10 @@ class Switch:
         finally:
             self.on = before
 
+    def held(self) -> Callable[[], AbstractContextManager]:
+        """A context that sets what is set now."""
+        return partial(self.set, *self.on)
+
 
 class _Differentiable(TorchFunctionMode):
     """Has plain torch compute comfy_kitchen's operations where there are gradients: of its own
@@ -250,13 +254,13 @@ def switched(model: nn.Module, recompute: bool) -> Iterator[tuple[Switch, dict[s
     injections = manager.create_injections(model)
     lists = block_lists(model) if recompute else []
     recomputed = [block for members in lists for block in members]
-    changing: set[nn.Module] = set()
     own = _plain_tensors(model, set(layers.values()))
     try:
         for injection in injections:
             injection.inject(None)
         for block in recomputed:
-            block.forward = _recomputing(block.forward, switch, changing, block)
+            block.forward = recomputing(block.forward, switch.held)
+        # what is saved may be changed in place, as in `recomputing`
         with nullcontext() if recompute else allow_mutation_on_saved_tensors():
             yield switch, layers
     finally:
@@ -283,84 +287,6 @@ def shard(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
         # without the word a block that is wrapped on its own stays gathered
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     model.to(device)
-
-
-class _Enough(Exception):
-    """All that was saved is there again."""
-
-
-class _Again:
-    """What autograd saved of one call of a block: numbers, until the backward asks for the first
-    tensor; then the block is computed again.
-
-    Where a tensor was changed in place after it was saved, it is computed once more, and copied as
-    it is saved; `changing` is told, and the next time it is copied from the start.
-    """
-
-    def __init__(self, call: Callable[[], Any], changing: set[nn.Module], block: nn.Module):
-        self.call, self.changing, self.block = call, changing, block
-        self.count, self.saved = 0, {}
-
-    def pack(self, _tensor: Tensor) -> int:
-        self.count += 1
-        return self.count - 1
-
-    def unpack(self, number: int) -> Tensor:
-        if number not in self.saved:
-            self.saved = dict(enumerate(self.compute()))
-        return self.saved.pop(number)
-
-    def compute(self) -> list[Tensor]:
-        copying, saved, versions = self.block in self.changing, [], []
-
-        def keep(tensor: Tensor) -> None:
-            tensor = tensor.detach()
-            saved.append(tensor.clone() if copying else tensor)
-            versions.append(_version(saved[-1]))
-            if len(saved) == self.count:
-                raise _Enough
-
-        with suppress(_Enough), torch.enable_grad(), saved_tensors_hooks(keep, _never):
-            self.call()
-        if versions == [_version(tensor) for tensor in saved]:
-            return saved
-        self.changing.add(self.block)
-        return self.compute()
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was changed in place."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _never(_saved: Any) -> Tensor:
-    raise RuntimeError("a block that is computed again has no backward of its own")
-
-
-def _recomputing(
-    forward: Callable, switch: Switch, changing: set[nn.Module], block: nn.Module
-) -> Callable:
-    """A block's `forward` under gradient checkpointing; computed again, it sees the set of the
-    first time. Some of the host's blocks change in place what they are given, or what their
-    backward needs (`img += …`), where torch's own checkpointing computes wrong gradients without a
-    word: so they are given copies, and see `_Again`.
-    """
-
-    def run(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        on = switch.on
-
-        def call():
-            given, more = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-            with switch.set(*on):
-                return forward(*given, **more)
-
-        again = _Again(call, changing, block)
-        with saved_tensors_hooks(again.pack, again.unpack):
-            return call()
-
-    return run
 
 
 def _plain_tensors(model: nn.Module, but: set[nn.Module]) -> list[tuple[dict, str, Tensor]]:

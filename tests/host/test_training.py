@@ -1,6 +1,7 @@
 """A host's MODEL as teacher, student and proxy: right velocities, right gradients, nothing left."""
 
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -11,6 +12,7 @@ from comfy_extras.nodes_custom_sampler import SamplerCustom
 from comfy_extras.nodes_train import LoraModelLoader
 from fewstep.flow import uniform
 from fewstep.host import loading, sampling, training
+from fewstep.host.recomputing import recomputing
 from fewstep.tests.host import architectures, published, toys
 
 SHAPE = (16, 8, 8)
@@ -229,6 +231,32 @@ def test_bfloat16_learns_nearly_the_same_and_leaves_the_model(model, recompute):
     # bfloat16 rounds to 2^-9
     assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
     assert torch.equal(draw(model), before)
+
+
+def test_a_block_is_computed_again_once_but_where_it_first_changed_what_was_saved():
+    calls, x = [], torch.randn(5, generator=torch.Generator().manual_seed(0))
+
+    def block(x, changes):
+        calls.append(changes)
+        y = x.exp()
+        z = y * y.sin()
+        if changes:
+            y.mul_(3)
+            x += y.sum()
+        return (z * x).cos()
+
+    def gradient(forward, changes):
+        calls.clear()
+        given = x.clone().requires_grad_()
+        forward(2 * given, changes).square().sum().backward()
+        return given.grad
+
+    again = recomputing(block, lambda: nullcontext)
+    for changes, expected in ((False, 2), (True, 3), (True, 2), (False, 2)):
+        found = gradient(again, changes)
+        assert len(calls) == expected
+        with torch.autograd.graph.allow_mutation_on_saved_tensors():
+            assert torch.equal(found, gradient(block, changes))
 
 
 # what a prompt's CONDITIONING is of, and a latent's shape
