@@ -195,7 +195,8 @@ agree: the share of pictures that both call right, or both wrong.
 
 both: CLIP-L and T5; no t5, no clip: its tokens left out, as where it is not loaded; zero t5, zero
 clip: zeros for what it says. The T5 is the last that was made for the teacher (align-2, then
-either); students never saw it. The student's rows are of the file that ships, in 6 bits.
+either); students never saw it. The student's rows are of the file that ships, in 6 bits, but for
+the one without T5's tokens, which is of unquantised weights.
 
 {variants(evaluations, "encoders", "encoders")}
 
