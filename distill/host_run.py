@@ -58,7 +58,7 @@ def run(options: Namespace) -> Path | None:
             options.folder = Path(passing)
             return stage(options, plan, name, together)
     options.folder.mkdir(parents=True, exist_ok=True)
-    name_and_size(Path(options.model))
+    check_there(options.model)
     return stage(options, plan, name, together)
 
 
@@ -123,8 +123,7 @@ def _run(
 
 def read_lora(path: str) -> dict[str, Tensor]:
     """Raises: ValueError naming a file that is not there, or not, or no whole, safetensors."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}, the LoRA to start from")
+    check_there(Path(path), ", the LoRA to start from")
     if not is_safetensors(path):
         raise ValueError(f"{path}: the LoRA to start from is no .safetensors file")
     return read(path)[0]
@@ -196,9 +195,14 @@ def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:
 
 def name_and_size(file: Path) -> str:
     """By which another file is told. Raises: ValueError where there is none."""
-    if not file.is_file():
-        raise ValueError(f"there is no file {file}")
+    check_there(file)
     return f"{file.name} {file.stat().st_size}"
+
+
+def check_there(file: Path, what: str = "") -> None:
+    """Raises: ValueError where there is no such file, `what` after its name."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}{what}")
 
 
 def _encoded(options: Namespace, pictures: list, texts: list[str]) -> dict:

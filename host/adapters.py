@@ -130,9 +130,9 @@ class LoRASet(nn.Module):
         no layer of these."""
         for name, layer in zip(self.names, self.layers, strict=True):
             layer.take(state, name)
-        known = {f"{name}." for name in self.names}
+        known = tuple(f"{name}." for name in self.names)
         for key in state:
-            if not any(key.startswith(name) for name in known):
+            if not key.startswith(known):
                 raise ValueError(
                     f"the LoRA to start from has {key}, for which this model has no layer: start "
                     "from one of the same model"

@@ -30,8 +30,7 @@ log = logging.getLogger(__name__)
 
 Entry = list  # one of a CONDITIONING: [tensor, options]
 SMALLEST_SIGMA = 1e-3  # below it, x − denoised is lost in rounding
-BYTES = 36  # of a learned number: it, its gradient, Adam's two, again for the proxy; its average
-KEPT = 10  # and in the CPU's memory: copies to go back to, and that which is given out
+KEPT = 10  # bytes of a learned number in the CPU's memory: copies to go back to and to give out
 UNTAUGHT = {"control", "hooks", "area", "mask", "gligen", "start_percent", "end_percent"}
 
 
@@ -186,15 +185,16 @@ def training(
     shape: tuple[int, ...],
     rank: int,
     batch: int,
+    each: int,
     recompute: bool = True,
-    each: int = BYTES,
     dtype: torch.dtype | None = None,
     mesh: DeviceMesh | None = None,
 ) -> Iterator[Adapters]:
     """A MODEL ready to learn LoRAs; afterwards it is as it was, unless it was sharded.
 
     positive: CONDITIONING of one entry or more; negative: of one, or None. shape: of a latent,
-    without the batch. rank: 0 for whole weights. each: bytes that a learned number takes.
+    without the batch. rank: 0 for whole weights. each: bytes that a learned number takes, its
+    gradient, optimizer's moments and copies in other networks with it.
     dtype: of activations; None: the MODEL's own, but bfloat16 for float16, whose gradients vanish.
     mesh: the processes that the MODEL's weights are sharded over; None: each has all of them.
     Everything that learns must be made inside. Raises: ValueError for a model that is no flow

@@ -93,7 +93,7 @@ def _add_convert(add) -> None:
     option("--meta", action="append", default=[], type=commands.parse_meta, metavar="KEY=VALUE",
            help="a field to write, as fewstep.sigmas.4=1,0.9,0.75,0.5,0")  # fmt: skip
     option("--preset", type=_preset, metavar="NAME",
-           help="the few-step schedule of flow/table.py so called, for its own")  # fmt: skip
+           help="a few-step schedule of flow/table.py, in place of the source's")  # fmt: skip
     option("--importance", metavar="F", help="an importance matrix, llama.cpp's imatrix.gguf")
     option("--lora", action="append", default=[], metavar="F[:STRENGTH]",
            type=commands.parse_strength,

@@ -225,7 +225,7 @@ def test_a_run_cut_anywhere_goes_on_to_the_same_weights(tmp_path, method, rank):
     )
     cond = [torch.randn(1, 7, 4096), {"pooled_output": torch.randn(1, 1408)}]
     model, ends = load_diffusion_model(str(MODEL)), []
-    with training(model, [cond], None, (16, 4, 4), plan.rank, plan.batch) as backbone:
+    with training(model, [cond], None, (16, 4, 4), **plan.training()) as backbone:
         for cut in (None, 2):
             task = few_step_lora.build(plan, backbone, torch.zeros(1, 16, 4, 4), tmp_path / "s")
             path = tmp_path / f"{cut}.pt"

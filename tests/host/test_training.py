@@ -54,6 +54,7 @@ def config(request):
 
 def open_training(model, recompute=True, **changes):
     given = {"positive": POSITIVE, "negative": NEGATIVE, "shape": SHAPE, "rank": 4, "batch": 2}
+    given |= {"each": 20}
     return training.training(model, **(given | changes), recompute=recompute)
 
 

@@ -139,6 +139,21 @@ def test_convert_bakes_into_the_file(tmp_path, model, capsys):
     assert "is the source itself" in capsys.readouterr().err
 
 
+def test_whose_schedule_a_baked_lora_leaves_is_told(tmp_path, model, capsys):
+    source, target = (str(tmp_path / f"{name}.gguf") for name in ("source", "target"))
+    preset = ["--preset", "flux.1-schnell"]
+    assert main(["convert", model[1], source, "--type", "Q8_0", *preset]) == 0
+    up, down = factors(3 * WIDTH, WIDTH)
+    tensors = {f"{QKV}.lora_up.weight": up, f"{QKV}.lora_down.weight": down}
+    baking = ["convert", source, target, "--type", "Q8_0"]
+    baking += ["--lora", save(tmp_path / "l.safetensors", tensors)]
+    for options, told in (([], True), (preset, False), (["--meta", "fewstep.cfg=2.0"], False)):
+        capsys.readouterr()
+        assert main([*baking, *options]) == 0
+        said = capsys.readouterr().out
+        assert ("schedule is still the source's, flux.1-schnell" in said) == told
+
+
 def test_a_quantised_source_takes_a_lora(tmp_path, model, capsys):
     target = str(tmp_path / "q.gguf")
     assert main(["convert", model[1], target, "--type", "Q8_0", "--quiet"]) == 0

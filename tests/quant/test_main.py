@@ -90,21 +90,20 @@ def test_preset_plot_and_lines_for_all_tensors(run, tmp_path, source):
     assert all(name in done.stdout for name in models.sd3())
     preset = preset_from_metadata(GGUFFile(target).metadata)
     assert preset.name == "sd3.5-large-turbo"
-    again = tmp_path / "b.gguf"  # of another preset nothing stays
-    for name in ("swd-sd3.5", "flux.1-schnell"):
-        meta = ["--meta", "fewstep.mine=1"] if name == "swd-sd3.5" else []
-        run("convert", again if again.exists() else target, tmp_path / f"{name}.gguf",
-            "--type", "Q4_0", "--preset", name, *meta)  # fmt: skip
-        again = tmp_path / f"{name}.gguf"
-    fields = GGUFFile(again).metadata
-    assert preset_to_metadata(preset_from_metadata(fields)) == preset_to_metadata(
-        find_preset("flux.1-schnell")
-    )
-    assert fields["fewstep.mine"] == 1 and "fewstep.latent_sides.4" not in fields
     with Image.open(plot) as picture:
         assert picture.size == (1200, 640) and len(picture.getcolors(10**6)) > 3
     done = run("compare", target, target, "--plot", tmp_path / "same.png")  # nothing to draw
     assert done.returncode == 0 and (tmp_path / "same.png").exists()
+
+
+def test_a_preset_takes_the_place_of_the_sources(run, tmp_path, source):
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    options = ["--type", "Q4_0", "--preset"]
+    run("convert", source, first, *options, "swd-sd3.5", "--meta", "fewstep.mine=1")
+    run("convert", first, second, *options, "flux.1-schnell")
+    fields, expected = GGUFFile(second).metadata, find_preset("flux.1-schnell")
+    assert preset_to_metadata(preset_from_metadata(fields)) == preset_to_metadata(expected)
+    assert fields["fewstep.mine"] == 1 and "fewstep.latent_sides.4" not in fields
 
 
 def test_mistakes_are_one_line_without_traceback(run, tmp_path, source):
