@@ -12,6 +12,7 @@ import gguf
 import torch
 from comfy.clip_model import CLIPTextModel
 from comfy.ldm.modules.diffusionmodules.model import Decoder, Encoder
+from comfy.taesd.taesd import TAESD
 from fewstep.quant import write_gguf
 from fewstep.tests.host import toys
 from gguf import GGMLQuantizationType as T
@@ -112,9 +113,9 @@ def bfloat16_file(folder: Path) -> Path:
     return _safetensors(folder, "BF16", shapes, torch.bfloat16)
 
 
-def vae_file(folder: Path) -> Path:
-    """SD3's VAE; made if it is not there."""
-    return _safetensors(folder, "VAE", vae_shapes)
+def vae_file(folder: Path, kind: str = "SD3") -> Path:
+    """SD3's VAE, or its TAESD; made if it is not there."""
+    return _safetensors(folder, *{"SD3": ("VAE", vae_shapes), "TAESD": (kind, taesd_shapes)}[kind])
 
 
 def _safetensors(folder: Path, name: str, make, dtype: torch.dtype = torch.float16) -> Path:
@@ -153,3 +154,8 @@ def vae_shapes() -> dict[str, tuple[int, ...]]:
         for part, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
+
+
+def taesd_shapes() -> dict[str, tuple[int, ...]]:
+    """As published for SD3."""
+    return {name: tuple(p.shape) for name, p in TAESD(latent_channels=16).named_parameters()}

@@ -274,10 +274,10 @@ class FewStep(Host):
 
         return {"path": str(files.t5_file(Path(folder), GGMLQuantizationType[type]))}
 
-    def vae_file(self, folder: str) -> dict:
+    def vae_file(self, folder: str, kind: str) -> dict:
         from fewstep.bench import files
 
-        return {"path": str(files.vae_file(Path(folder)))}
+        return {"path": str(files.vae_file(Path(folder), kind))}
 
 
 class PeerGGUF(Host):

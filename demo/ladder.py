@@ -46,12 +46,14 @@ class Pictures:
         self.preset = preset_from_metadata(GGUFFile(path or models / FILES["mmdit"]).metadata)
 
     def latents(
-        self, model, prompts: Sequence[str], seed: int = 0, steps: int | None = None
+        self, model, prompts: Sequence[str], seed=0, steps: int | None = None, copies: int = 1
     ) -> dict:
-        """LATENT of as many pictures as prompts, in `steps` or the file's own number of them."""
+        """LATENT of a picture of each prompt, or of `copies`, in `steps` or the file's own number
+        of them.
+        """
         preset, positive = self.preset, self._conditioning(prompts)
         negative = None if preset.cfg == 1 else self._conditioning([""] * len(prompts))
-        empty = {"samples": torch.zeros(len(prompts), *LATENT)}
+        empty = {"samples": torch.zeros(copies * len(prompts), *LATENT)}
         sampler = sampling.make_sampler(sampling.AUTO_RULE, preset)
         start = time.perf_counter()
         drawn = sampling.sample(
@@ -68,10 +70,11 @@ class Pictures:
 
     @torch.no_grad()
     def draw(
-        self, model, prompts: Sequence[str], seed: int = 0, steps: int | None = None
+        self, model, prompts: Sequence[str], seed=0, steps: int | None = None, copies: int = 1
     ) -> np.ndarray:
         """(n, height, width, 3) uint8"""
-        return as_bytes(self.vae.decode(self.latents(model, prompts, seed, steps)["samples"]))
+        latents = self.latents(model, prompts, seed, steps, copies)
+        return as_bytes(self.vae.decode(latents["samples"]))
 
 
 @dataclass(frozen=True)

@@ -103,18 +103,20 @@ class Miniature:
     def prove(self, name: str, steps: Sequence[int], captions: int) -> Iterator[dict]:
         return prove(self.models, name, steps, captions)
 
-    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[tuple[float, float]]]:
-        """Alternately one picture by each folder's files, after one that has the host load them:
-        text, sampling and VAE as a graph has."""
-        prompt, drawn, models = "a red circle on a blue background", [], []
+    def through_host(
+        self, folders: Sequence[Path], turns: int, pictures: int
+    ) -> list[list[tuple[float, float]]]:
+        """Alternately by each folder's files, after a run that has the host load them: text,
+        sampling and VAE as a graph has."""
+        prompt, makers, models = "a red circle on a blue background", [], []
         for folder in folders:
-            drawn.append(Pictures(folder))
+            makers.append(Pictures(folder))
             models.append(load_diffusion_model(str(folder / FILES["mmdit"])))
         seconds: list[list[tuple[float, float]]] = [[] for _ in folders]
         for turn in range(turns):
-            for pictures, model, taken in zip(drawn, models, seconds, strict=True):
-                pictures.draw(model, [prompt], seed=turn)
+            for maker, model, taken in zip(makers, models, seconds, strict=True):
+                maker.draw(model, [prompt], turn, copies=pictures)
                 start = time.perf_counter()
-                pictures.draw(model, [prompt], seed=turn)
-                taken.append((time.perf_counter() - start, pictures.sampled_in))
+                maker.draw(model, [prompt], turn, copies=pictures)
+                taken.append((time.perf_counter() - start, maker.sampled_in))
         return seconds

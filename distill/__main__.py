@@ -120,6 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     time = commands.add_parser("time", help="seconds a picture through ComfyUI, runs in turns")
     time.add_argument("name", nargs="+", help="of runs")
     time.add_argument("--turns", type=at_least(1), default=9, help="default 9")
+    time.add_argument("--pictures", type=at_least(1), default=1, help="at once; default 1")
     for command in (export, time):
         command.add_argument("--recipe", default="flash-8", help="of the model; default flash-8")
     noise = commands.add_parser("noise", help="how noisy the gradient of stage 2 is")

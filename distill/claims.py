@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 
-from .logs import PLAIN, error, sharing
+from .logs import PLAIN, error, setting, sharing, timed
 
 TEACHER, STUDENT = "teacher", "split"  # runs that the paper's claims are about
 UNMENDED = "plain-match"  # stages 1 and 2 as the paper has them
@@ -66,13 +66,6 @@ def claims(
         """The claim that the student's seconds are as many times less than the teacher's."""
         return claim, own and slow and slow / own, FASTER, lambda a, b: a >= b, "times"
 
-    def took(key: str) -> list[float | None]:
-        """Student's and teacher's seconds, of what their rows have as `key`."""
-        return [
-            next((row.get(key) for row in times if row["name"] == name), None)
-            for name in (STUDENT, TEACHER)
-        ]
-
     def seeded() -> tuple[float | None, float | None]:
         """Mean of the seeds with timestep sharing; and what it must exceed to be called better:
         the other mean by two standard errors of the difference.
@@ -92,6 +85,10 @@ def claims(
     six, sixteen = (score(STUDENT, 4, recipe=name) for name in ("flash-6", "flash-16"))
     best = student[max(student)] if student else None
     quick = f"{FASTER} times as fast as the teacher"
+    took = [
+        (", ".join([quick, *setting(own)]), own["seconds"], slow["seconds"])
+        for own, slow in timed(times, STUDENT, TEACHER)
+    ]
     holds: list[tuple[str, float | None, float | None, Callable[[float, float], bool], str]] = [
         (
             "4 steps, at least its teacher in 50 with CFG",
@@ -122,10 +119,9 @@ def claims(
             "%",
         ),
         ("6 bits, within 1 point of 16", *beside(six, sixteen, less=0.01), _reaches, "%"),
-        faster(f"{quick}, in seconds a picture", *took("seconds")),
-        faster(f"{quick}, in seconds of sampling alone", *took("sampling")),
+        *(faster(*each) for each in took or [(quick, None, None)]),
         *(
-            faster(f"the same of models as large as SD3.5-Medium, a picture of {what}", *seconds)
+            faster(f"{quick}, of models as large as SD3.5-Medium, {what}", *seconds)
             for what, *seconds in sized
         ),
         (

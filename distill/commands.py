@@ -201,19 +201,22 @@ def time(options: Namespace, dataset: Dataset) -> None:
         folders = [Path(folder) / str(number) for number in range(len(options.name))]
         for name, models in zip(options.name, folders, strict=True):
             _export(name, models, options, dataset)
-        drawn = dataset.through_host(folders, options.turns)
+        drawn = dataset.through_host(folders, options.turns, options.pictures)
+    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")  # not in older torch
+    capability = torch.backends.cpu.get_cpu_capability() + " AMX" * bool(amx)
     for name, taken in zip(options.name, drawn, strict=True):
         seconds, sampling = zip(*taken, strict=True)
         row = {
             "name": name,
             "steps": len(kept.schedule(kept.checkpoint(options.folder, name)["config"])[0]) - 1,
-            "seconds": statistics.median(seconds),
-            "sampling": statistics.median(sampling),
-            "fastest": min(seconds),
-            "slowest": max(seconds),
+            "seconds": statistics.median(seconds) / options.pictures,
+            "sampling": statistics.median(sampling) / options.pictures,
+            "fastest": min(seconds) / options.pictures,
+            "slowest": max(seconds) / options.pictures,
             "turns": options.turns,
             "threads": torch.get_num_threads(),
-            "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+            "pictures": options.pictures,
+            "processor": f"{platform.machine()} {capability}",
         }
         _note(options.folder / TIMES, row)
 

@@ -62,6 +62,8 @@ class Dataset(Protocol):
         """What the file `name` that ships scores through the host: a row for each number of steps
         and each of several scorers."""
 
-    def through_host(self, folders: Sequence[Path], turns: int) -> list[list[tuple[float, float]]]:
-        """Seconds a picture by each folder's files, and those of them that sampling took; loaded
-        and drawn by ComfyUI, in turns."""
+    def through_host(
+        self, folders: Sequence[Path], turns: int, pictures: int
+    ) -> list[list[tuple[float, float]]]:
+        """Seconds that each folder's files take for `pictures` at once, and those of them that
+        sampling took; loaded and drawn by ComfyUI, in turns."""

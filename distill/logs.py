@@ -28,7 +28,8 @@ SHIPPED = "shipped.jsonl"
 FULL_SIZE = "distilled-*.json"  # there too: what `python -m bench.distilled` measured
 PLAIN = "no t5"  # the encoders with which runs are compared
 _SAME = (
-    "name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "renoise", "sigma", "scorer"
+    "name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "renoise", "sigma", "scorer",
+    "pictures", "processor", "threads",
 )  # fmt: skip
 
 
@@ -61,9 +62,28 @@ def full_size(folder: Path) -> list[tuple[str, float, float]]:
                 name: statistics.median(sum(turn[name].values()) for turn in row["turns"])
                 for name in row["turns"][0]
             }
-            what = f"{row['pixels']}², {result['setting']['device']}"
+            what = f"a picture of {row['pixels']}², {result['setting']['device']}"
             found.append((what, seconds["student"], seconds["teacher"]))
     return found
+
+
+def timed(times: list[dict], fast: str, slow: str) -> list[tuple[dict, dict]]:
+    """`fast`'s row and `slow`'s, for each processor, threads and number of pictures drawn at once
+    with which both were timed.
+    """
+    groups = defaultdict(dict)
+    for row in times:
+        if "processor" in row:  # an older line says too little
+            groups[row["processor"], row["threads"], row.get("pictures", 1)][row["name"]] = row
+    both = [group for _, group in sorted(groups.items()) if {fast, slow} <= group.keys()]
+    return [(group[fast], group[slow]) for group in both]
+
+
+def setting(row: dict) -> list[str]:
+    """Of a row of times: '8 pictures at once', 'x86_64 AVX2', '2 threads'."""
+    number, threads = row.get("pictures", 1), row["threads"]
+    drawn = f"{number} pictures at once" if number > 1 else "a picture at a time"
+    return [drawn, row["processor"], f"{threads} thread{'s' * (threads > 1)}"]
 
 
 def sharing(evaluations: list[dict]) -> dict[str, list[dict]]:

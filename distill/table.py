@@ -6,8 +6,20 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .claims import claims
-from .logs import CATEGORIES, EVALUATIONS, NOISE, PLAIN, SHIPPED, TIMES, full_size, rows, sharing
+from .claims import STUDENT, TEACHER, claims
+from .logs import (
+    CATEGORIES,
+    EVALUATIONS,
+    NOISE,
+    PLAIN,
+    SHIPPED,
+    TIMES,
+    full_size,
+    rows,
+    setting,
+    sharing,
+    timed,
+)
 
 _SCORED = (
     "name",
@@ -37,9 +49,9 @@ def shares(row: dict) -> list[str]:
     return [percent(row["overall"]), percent(row["right"]), f"{row['frechet']:.4f}"]
 
 
-def scores(evaluations: list[dict], times: list[dict]) -> str:
-    """Every run as it is drawn by default, on the most captions it was scored on: categories in %,
-    and its time through ComfyUI.
+def scores(evaluations: list[dict]) -> str:
+    """Every run as it is drawn by default, on the most captions it was scored on: categories in
+    %.
     """
     lines, plain = [], {}
     for row in sorted(evaluations, key=lambda row: row["captions"]):
@@ -48,12 +60,24 @@ def scores(evaluations: list[dict], times: list[dict]) -> str:
     for row in plain.values():
         each = [percent(row[key]) for key in (*CATEGORIES, "overall", "right")]
         drawn = [row["name"], str(row["steps"]), f"{row['cfg']:g}"]
-        own = next((t for t in times if all(t[k] == row[k] for k in ("name", "steps"))), {})
-        seconds = [f"{own[k]:.3f} s" if k in own else "" for k in ("seconds", "sampling")]
-        measured = [f"{row['frechet']:.4f}", *seconds, str(row["captions"])]
-        lines.append(drawn + each + measured)
-    heads = ["run", "steps", "CFG", *CATEGORIES, "overall", "right", "Fréchet"]
-    return markdown([*heads, "a picture", "sampling", "captions"], lines)
+        lines.append(drawn + each + [f"{row['frechet']:.4f}", str(row["captions"])])
+    heads = ["run", "steps", "CFG", *CATEGORIES, "overall", "right", "Fréchet", "captions"]
+    return markdown(heads, lines)
+
+
+def speeds(times: list[dict]) -> str:
+    """Student's and teacher's seconds a picture, and how many times the one the other is."""
+    lines = []
+    for pair in timed(times, STUDENT, TEACHER):
+        told = []
+        for key in ("seconds", "sampling"):
+            own, slow = (row[key] for row in pair)
+            told += [f"{own:.3f} s", f"{slow:.3f} s", f"{slow / own:.1f}"]
+        lines.append(setting(pair[0]) + told)
+    heads = ["drawn", "processor", "threads"]
+    for what in ("", "sampling: "):
+        heads += [f"{what}{each}" for each in ("student", "teacher", "times")]
+    return markdown(heads, lines)
 
 
 def files(shipped: list[dict]) -> str:
@@ -146,10 +170,6 @@ def page(folder: Path) -> str:
             said = f"{folder / EVALUATIONS}: a line lacks {', '.join(lacking)}: delete it"
             raise ValueError(f"{said} ({json.dumps(row)[:80]})")
     measured, shipped = rows(folder / NOISE), rows(folder / SHIPPED)
-    processors = sorted(
-        {f"{t['processor']}, {t['threads']} threads" for t in times if "threads" in t}
-    )
-    on = f" Taken on {' and '.join(processors)}." if processors else ""
     heads = ["claim", "here", "to reach", "reproduced"]
     return f"""# The miniature, distilled
 
@@ -163,10 +183,6 @@ in features of the scene VAE; it falls as captions grow in number.
 
 {markdown(heads, claims(evaluations, times, measured, full_size(folder), shipped))}
 
-A picture is text, sampling and VAE, and only sampling is shortened. The miniature's VAE has four
-times the arithmetic of a call of its model, SD3's about that of one call of SD3.5-Medium; what a
-model of that size takes, its weights random, `python -m bench.distilled --out FOLDER` measures.
-
 ## Teacher and students
 
 trajectory: stage 1, whose ways are straight and end at the right picture nearest to the teacher's
@@ -177,10 +193,20 @@ mended: a short stage 1 on the same trajectories, towards the teacher's own ends
 (the paper's regression), and towards right ones along straight ways. plain-long: as plain, with as
 many samples as trajectory; plain-match: stage 2 from there, by match's settings.
 
-Without T5's tokens. A picture: seconds through ComfyUI, text, sampling and VAE, one at a time, the
-runs in turns (`python -m distill time`); sampling: those of them that depend on the steps.{on}
+Without T5's tokens.
 
-{scores(evaluations, times)}
+{scores(evaluations)}
+
+## Seconds a picture
+
+Through ComfyUI, student and teacher in turns (`python -m distill time --pictures N`): text,
+sampling and VAE of a sentence, of which N pictures are drawn at once; sampling: those of them that
+depend on the steps. Only sampling is shortened. Of one small picture at a time most is what a call
+takes however little it computes; and the miniature's VAE has four times the arithmetic of a call of
+its model, SD3's about that of one call of SD3.5-Medium. What a model of that size takes, its
+weights random, `python -m bench.distilled --out FOLDER` measures.
+
+{speeds(times)}
 
 ## What ships
 

@@ -12,7 +12,7 @@ import torch
 
 from ..flow import preset_from_metadata
 from . import t5, vocabulary
-from .convolutions import use_fast_convolutions
+from .convolutions import fuse_blocks, use_fast_convolutions
 from .cpu import (
     channels_last,
     may_choose_for_vae,
@@ -165,6 +165,7 @@ def load_vae(path: str):
         raise wrong_kind(path, state_dict, metadata, "VAE")
     if dtype in vae.working_dtypes:
         channels_last(vae.first_stage_model)
+        fuse_blocks(vae.first_stage_model)
     elif dtype is not None:  # such as of sound; the host knows only of one that it has built
         vae = _host_vae(path, sd=weights, metadata=texts(metadata))
     if may_choose_for_vae() and vae.vae_dtype == torch.float32:

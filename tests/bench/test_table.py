@@ -66,11 +66,12 @@ def test_report_of_a_text_encoder():
 
 
 def test_report_of_a_vae():
-    rows = [{"pixels": 512, "way": "decode", "turns": [{"fewstep": 2.0, "host": 9.0}]}]
+    turns = [{"fewstep": 2.0, "host": 9.0}]
+    rows = [{"vae": "SD3", "pixels": 512, "way": "decode", "turns": turns}]
     text = decode.report({"setting": {"device": "cpu"}, "rows": rows})
     for row in (
-        "| 512² | latent to picture | FewStep | 2.00 s |  |",
-        "| 512² | latent to picture | ComfyUI, Load VAE | 9.00 s | 4.50 (4.50–4.50) |",
+        "| SD3 | 512² | latent to picture | FewStep | 2.000 s |  |",
+        "| SD3 | 512² | latent to picture | ComfyUI, Load VAE | 9.000 s | 4.50 (4.50–4.50) |",
     ):
         assert row in text
 

@@ -36,11 +36,13 @@ def test_a_run_is_drawn_with_by_its_name_alone(folder):
 
 def test_runs_are_timed_from_their_files(folder):
     run_all(folder)
-    given = Namespace(folder=folder, name=["teacher", "second"], turns=3, recipe="flash-8")
+    given = Namespace(folder=folder, name=["teacher", "second"], turns=3, pictures=2)
+    given.recipe = "flash-8"
     commands.time(given, Toy())
     rows = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
-    seen = [[row[key] for key in ("name", "steps", "seconds", "sampling")] for row in rows]
-    assert seen == [["teacher", 50, 2.0, 1.5], ["second", 4, 3.0, 1.5]]
+    keys = ("name", "steps", "seconds", "sampling", "pictures")
+    seen = [[row[key] for key in keys] for row in rows]
+    assert seen == [["teacher", 50, 2.0, 1.5, 2], ["second", 4, 3.0, 1.5, 2]]
 
 
 def test_a_runs_files_say_how_it_is_sampled(folder, capsys):

@@ -32,7 +32,7 @@ def test_page_holds_every_run_ratio_and_noise(tmp_path):
     log(tmp_path / "match.jsonl", losses)
     text = page(tmp_path)
     half = " | ".join(["50.0"] * 6)
-    assert f"| match | 4 | 1 | {half} | 91.0 | 50.0 | 0.0100 |  |  | 30 |" in text
+    assert f"| match | 4 | 1 | {half} | 91.0 | 50.0 | 0.0100 | 30 |" in text
     assert "| split | 0.7 | 92.0 | 50.0 | 0.0100 | 30 |" in text
     assert "| match | shared | 0.9 | 412 | 16 |" in text
     assert "| match | 50 | 800 | 4 |" in text and "| evaluations |" not in text
@@ -77,10 +77,13 @@ def test_says_of_each_claim_whether_it_holds(tmp_path):
     ]
     log(tmp_path / "evaluations.jsonl", lines)
     times = [
-        {"name": "teacher", "steps": 50, "seconds": 1.9, "sampling": 1.7},
-        {"name": "split", "steps": 4, "seconds": 0.1, "sampling": 0.095},
+        {"name": "teacher", "seconds": 1.0},  # an older line
+        {"name": "teacher", "seconds": 1.9, "sampling": 1.7, "processor": "AVX2", "threads": 2},
+        {"name": "split", "seconds": 0.1, "sampling": 0.095, "processor": "AVX2", "threads": 2},
+        {"name": "split", "seconds": 0.1, "sampling": 0.09, "processor": "AMX", "threads": 2},
     ]
-    log(tmp_path / "times.jsonl", times)
+    eight = [row | {"pictures": 8, "seconds": row["seconds"] + 0.1} for row in times[1:]]
+    log(tmp_path / "times.jsonl", times + eight)
     turn = {"teacher": {"sampling": 1000, "VAE": 8}, "student": {"sampling": 40, "VAE": 8}}
     sized = {"setting": {"device": "cpu"}, "rows": [{"pixels": 512, "turns": [turn]}]}
     (tmp_path / "distilled-cpu.json").write_text(json.dumps(sized))
@@ -88,8 +91,12 @@ def test_says_of_each_claim_whether_it_holds(tmp_path):
     assert "in 50 with CFG | 92.0 % | 93.0 % | no |" in claims
     assert "at least 90 % | 92.0 % | 90.0 % | yes |" in claims
     assert "0.95 of 4 steps | 88.0 % | 87.4 % | yes |" in claims
-    assert "seconds a picture | 19.0 times | 18.0 times | yes |" in claims
-    assert "seconds of sampling alone | 17.9 times | 18.0 times | no |" in claims
+    assert ", a picture at a time, AVX2, 2 threads | 19.0 times | 18.0 times | yes |" in claims
+    assert ", 8 pictures at once, AVX2, 2 threads | 10.0 times | 18.0 times | no |" in claims
+    assert "AMX" not in page(tmp_path)  # no teacher was timed there
+    speeds = page(tmp_path).split("## Seconds a picture")[1].split("##")[0]
+    seconds = "0.100 s | 1.900 s | 19.0 | 0.095 s | 1.700 s | 17.9"
+    assert f"| a picture at a time | AVX2 | 2 threads | {seconds} |" in speeds
     assert "less than with it | 92.0 % | 91.0 % | yes |" in claims
     assert "a picture of 512², cpu | 21.0 times | 18.0 times | yes |" in claims
     assert claims.count("| yes |") + claims.count("| no |") == 7  # of what was measured
@@ -129,7 +136,7 @@ def test_an_empty_log_gives_empty_tables(tmp_path):
     (tmp_path / "evaluations.jsonl").touch()
     lines = [line for line in page(tmp_path).splitlines() if line.startswith("|")]
     claimed = [line for line in lines if "|  |  | not measured |" in line]
-    assert len(claimed) == 13 and len(lines) == 18 + len(claimed)
+    assert len(claimed) == 12 and len(lines) == 20 + len(claimed)
 
 
 def test_a_stage_is_better_only_by_more_than_chance(tmp_path):

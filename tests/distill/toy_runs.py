@@ -48,9 +48,10 @@ class Toy:
     def prove(self, name, steps, captions):
         return ({"name": name, "steps": n, "overall": 1 / 3, "captions": captions} for n in steps)
 
-    def through_host(self, folders, turns):
+    def through_host(self, folders, turns, pictures):
         assert all((folder / "drawn.gguf").exists() for folder in folders)
-        return [[(2.0 + n, 1.5), (9.0, 2.5), (1.0, 0.5)] for n in range(len(folders))]
+        taken = [[(2.0 + n, 1.5), (9.0, 2.5), (1.0, 0.5)] for n in range(len(folders))]
+        return [[(pictures * a, pictures * b) for a, b in turns] for turns in taken]
 
     def shipped(self, name, config):
         torch.manual_seed(len(name))

@@ -9,6 +9,7 @@ import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_sub_quad
 from comfy.ldm.wan.vae import WanVAE
+from comfy.taesd import taesd
 from fewstep.demo.export import FILES
 from fewstep.demo.shipped import MODELS
 from fewstep.host import convolutions, cpu, loading
@@ -259,6 +260,20 @@ def test_a_vae_computes_in_bfloat16(bfloat16, monkeypatch, vae_files, dimensions
     assert (drawn - truth).square().mean().sqrt() < 0.01  # 40 dB
 
 
+@torch.inference_mode()  # as a graph runs
+def test_a_taesd_computes_its_blocks_at_once(bfloat16, monkeypatch, vae_files):
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bfloat16 on this CPU")
+    vae, exact = loading.load_vae(vae_files[4]), host_vae(vae_files[4])
+    monkeypatch.setattr(loading, "fuse_blocks", lambda network: None)
+    apart = loading.load_vae(vae_files[4])
+    blocks = [m for m in vae.first_stage_model.modules() if isinstance(m, taesd.Block)]
+    assert blocks and all(type(block) is convolutions._AtOnce for block in blocks)
+    latent = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
+    errors = [(each.decode(latent) - exact.decode(latent)).norm() for each in (vae, apart)]
+    assert 0 < errors[0] <= 1.05 * errors[1] and errors[0] != errors[1]
+
+
 @pytest.mark.parametrize("option", ["fp32_vae", "fp16_vae", "bf16_vae", "force_fp32"])
 def test_options_of_the_host_decide_a_vaes_type(bfloat16, monkeypatch, vae_files, option):
     monkeypatch.setattr(args, option, True)
@@ -316,17 +331,34 @@ def test_a_latent_of_another_model_is_told_by_torch(float32, vae_files):
         vae.first_stage_model.decode(torch.zeros(1, 32, 32, 32))
 
 
+def set_circular(conv):
+    conv.padding_mode = "circular"
+    conv._reversed_padding_repeated_twice = (1, 1, 1, 1)
+
+
+def replace_method(conv):
+    def circular(conv, input, weight, bias):
+        wrapped = torch.nn.functional.pad(input, (1, 1, 1, 1), mode="circular")
+        return torch.nn.functional.conv2d(wrapped, weight, bias, conv.stride)
+
+    conv._conv_forward = circular.__get__(conv)
+
+
 @torch.inference_mode()
-def test_a_vae_whose_padding_a_node_sets_draws_with_it(float32, vae_files):
+@pytest.mark.parametrize("kind, error", [("bfloat16", 0.02), ("float32", 1e-4)])
+@pytest.mark.parametrize("change", [set_circular, replace_method])
+def test_a_vae_whose_padding_a_node_sets_draws_with_it(request, kind, error, change, vae_files):
     """As nodes for seamless pictures do, after loading."""
-    pictures = []
+    request.getfixturevalue(kind)
+    latent, pictures = torch.ones(1, 16, 8, 8), []
     for vae in (loading.load_vae(vae_files[4]), host_vae(vae_files[4])):
+        zeros = vae.decode(latent)
         for module in vae.first_stage_model.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.padding_mode = "circular"
-                module._reversed_padding_repeated_twice = (1, 1, 1, 1)
-        pictures.append(vae.decode(torch.ones(1, 16, 8, 8)))
-    torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)
+            if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+                change(module)
+        pictures.append(vae.decode(latent))
+        assert (pictures[-1] - zeros).abs().max() > 2 * error
+    torch.testing.assert_close(*pictures, atol=error, rtol=0)
 
 
 def test_says_once_what_the_cpu_can_do(caplog):
