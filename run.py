@@ -206,8 +206,14 @@ def load_pack(alias="fewstep"):
     """Import this checkout as the package `alias`, as ComfyUI's loader does, and return it.
 
     Takes the checkout off sys.path, where `python -m` and pytest put it: its nodes/ would hide
-    ComfyUI's nodes.py.
+    ComfyUI's nodes.py. Ends the process where there is no torch, as in another Python.
     """
+    if importlib.util.find_spec("torch") is None:
+        own = PYTHON.relative_to(ROOT)
+        sys.exit(
+            f"torch is missing in {sys.executable}: take the Python that ComfyUI uses; after "
+            f"`python run.py demo` that is {own}"
+        )
     sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
     if alias not in sys.modules:
         load_module(alias, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])

@@ -113,7 +113,7 @@ def bfloat16_file(folder: Path) -> Path:
     return _safetensors(folder, "BF16", shapes, torch.bfloat16)
 
 
-def vae_file(folder: Path, kind: str = "SD3") -> Path:
+def vae_file(folder: Path, kind: str) -> Path:
     """SD3's VAE, or its TAESD; made if it is not there."""
     return _safetensors(folder, *{"SD3": ("VAE", vae_shapes), "TAESD": (kind, taesd_shapes)}[kind])
 

@@ -127,7 +127,12 @@ def parse_arguments() -> argparse.Namespace:
     noise.add_argument("name", nargs="+", help="of runs, shared and random")
     noise.add_argument("--batches", type=at_least(2), default=16, help="default 16")
     proof = commands.add_parser("shipped", help="score what ships, by ComfyUI and two scorers")
-    proof.add_argument("name", nargs="*", help=f"of {' and '.join(shipped)}; default all")
+    proof.add_argument(
+        "name",
+        nargs="*",
+        type=lambda name: name.removesuffix(".gguf"),
+        help=f"of {' and '.join(shipped)}; default all",
+    )
     table = commands.add_parser("table", help="a page, distilled.md, from the folder's logs")
     table.add_argument("--docs", type=Path, help="folder to write to; default beside the logs")
     for command in (merge, evaluate, proof):

@@ -48,14 +48,14 @@ def _caption(picture: Path) -> str:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # as some editors of Windows mark it
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not in UTF-8 ({error}): save it so") from error
 
 
 def prompts(file: Path) -> list[str]:
     """A prompt from each line that is not empty. Raises: ValueError where there is none."""
-    lines = [line.strip() for line in _text(file).splitlines()]
+    lines = [line.strip() for line in _text(file).split("\n")]
     if not any(lines):
         raise ValueError(f"{file} holds no prompts: write one a line")
     return [line for line in lines if line]

@@ -44,6 +44,8 @@ def run(options: Namespace) -> Path | None:
     Raises: ValueError naming the remedy.
     """
     name = options.name or f"{Path(options.model).stem}-{options.command}"
+    if name.endswith("-data"):
+        raise ValueError(f"--name {name}: {name}.pt would be what another run keeps; take another")
     plan = read_plan(options.command, options.set)
     together = processes(cpu=options.device == "cpu")
     if together.number:
@@ -172,7 +174,7 @@ def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:
             f"--size is {given}: each side needs {SMALLEST} pixels or more, and whole eights"
         )
     files = [f"{path.name} {path.stat().st_mtime_ns}" for path, _ in pictures]
-    size = list(options.size) if options.size else []
+    size = list(options.size) if options.size and pictures else []
     made = {
         "texts": [*texts, options.negative],
         "files": files,
@@ -190,7 +192,9 @@ def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:
     else:
         state = {"made": made} | _encoded(options, pictures, texts)
         save_atomically(state, kept)
-    return state["latents"], state["positive"], state["negative"]
+    width, height = options.size or (1024, 1024)
+    empty = torch.zeros(1, 4, height // 8, width // 8)  # see host.training.joined
+    return state["latents"] if pictures else empty, state["positive"], state["negative"]
 
 
 def name_and_size(file: Path) -> str:
@@ -212,12 +216,11 @@ def _encoded(options: Namespace, pictures: list, texts: list[str]) -> dict:
         clip = load_text_encoders([str(f) for f in options.text_encoder], options.clip_type)
         positive = data.encode_prompts(clip, texts)
         negative = data.encode_prompts(clip, [options.negative])
+        encoded = {"positive": positive, "negative": negative}
         if pictures:
             if not options.vae:
                 raise ValueError("pictures need --vae FILE")
             paths = [path for path, _ in pictures]
             latents = data.encode_pictures(load_vae(str(options.vae)), paths, options.size)
-        else:
-            width, height = options.size or (1024, 1024)
-            latents = torch.zeros(1, 4, height // 8, width // 8)  # see host.training.joined
-    return {"latents": latents.cpu(), "positive": positive, "negative": negative}
+            encoded["latents"] = latents.cpu()
+    return encoded

@@ -31,22 +31,42 @@ _SAME = (
     "name", "steps", "cfg", "encoders", "captions", "ratio", "recipe", "renoise", "sigma", "scorer",
     "pictures", "processor", "threads",
 )  # fmt: skip
+_SHARES = (*CATEGORIES, "overall", "right")
+_WRITTEN = {  # in each line: texts and numbers
+    EVALUATIONS: (("name", "encoders"), ("steps", "cfg", "captions", *_SHARES, "frechet")),
+    NOISE: (("name", "renoise"), ("sigma", "scale", "batches")),
+    TIMES: (("name",), ("seconds",)),
+    SHIPPED: (
+        ("name", "sha256", "scorer"), ("steps", "cfg", "captions", *_SHARES, "agree")
+    ),
+}  # fmt: skip
+_TIMED = ("processor", "threads", "sampling")  # which an older line of times lacks
+_TRAINED = ("trained", "renoise", "seed")
 
 
 def rows(path: Path) -> list[dict]:
     """The lines of a JSON Lines file; none if there is no file. Raises: ValueError naming a line
-    that is no object.
+    that is no object, or lacks what a log of that name has.
     """
     if not path.exists():
         return []
+    texts, numbers = _WRITTEN.get(path.name, ((), ()))
     lines = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
         try:
-            lines.append(dict(json.loads(line)))
+            row = dict(json.loads(line))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number}, is no JSON object: delete the line"
             ) from error
+        lacking = [key for key in texts if not isinstance(row.get(key), str)]
+        lacking += [key for key in numbers if not isinstance(row.get(key), int | float)]
+        if lacking:
+            told = f"{path}, line {number}, lacks {', '.join(lacking)}: delete the line"
+            raise ValueError(f"{told} ({json.dumps(row)[:80]})")
+        lines.append(row)
     return list({tuple(row.get(key) for key in _SAME): row for row in lines}.values())
 
 
@@ -73,7 +93,7 @@ def timed(times: list[dict], fast: str, slow: str) -> list[tuple[dict, dict]]:
     """
     groups = defaultdict(dict)
     for row in times:
-        if "processor" in row:  # an older line says too little
+        if row.keys() >= set(_TIMED):
             groups[row["processor"], row["threads"], row.get("pictures", 1)][row["name"]] = row
     both = [group for _, group in sorted(groups.items()) if {fast, slow} <= group.keys()]
     return [(group[fast], group[slow]) for group in both]
@@ -90,7 +110,8 @@ def sharing(evaluations: list[dict]) -> dict[str, list[dict]]:
     """Runs that differ in re-noising and seed alone, by re-noising: "shared" and "random"."""
     groups = defaultdict(lambda: defaultdict(dict))
     for row in evaluations:
-        if row.get("stage") == "match" and row["encoders"] == PLAIN and "recipe" not in row:
+        matched = row.get("stage") == "match" and row.keys() >= set(_TRAINED)
+        if matched and row["encoders"] == PLAIN and "recipe" not in row:
             alike = row["trained"], row["steps"], row["captions"]
             groups[alike][row["renoise"]][row["seed"]] = row
     both = [group for group in groups.values() if len(group) > 1]

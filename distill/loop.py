@@ -192,8 +192,8 @@ def train(
     """Train until the budget is used up, going on from the checkpoint at `path` if there is one.
 
     `config`: plain values that a checkpoint must have been made with. `watch(done, loss)` is called
-    after every LOG_STEPS steps with their mean loss. `writes`: False in all of several processes
-    but one, which then neither save nor watch.
+    after every LOG_STEPS steps, and the last one, with their mean loss. `writes`: False in all of
+    several processes but one, which then neither save nor watch.
     A state is kept once the loss of the next step is finite: one that a step too large has broken
     never takes the place of the one before.
     Raises: TrainingDiverged, naming the step, as soon as a loss is not finite, or when gradients
@@ -255,7 +255,8 @@ def _train(task, path, budget, save_seconds, config, watch, writes, pressed) -> 
             done.seconds = time.monotonic() - start
             if done.steps - began <= FIRST:
                 log.info("%s: step %d loss %.4f", task.name, done.steps, losses[-1])
-            if done.steps % LOG_STEPS == 0:
+            ended = budget.progress(done) >= 1
+            if done.steps % LOG_STEPS == 0 or ended:
                 mean = torch.stack(losses).mean().item()
                 rate = done.samples / done.seconds
                 log.info("%s: step %d loss %.4f %.1f/s", task.name, done.steps, mean, rate)
@@ -263,7 +264,7 @@ def _train(task, path, budget, save_seconds, config, watch, writes, pressed) -> 
                 if watch is not None and writes:
                     watch(done, mean)
             stopping = bool(pressed)
-            if stopping or done.seconds - saved > save_seconds or budget.progress(done) >= 1:
+            if stopping or done.seconds - saved > save_seconds or ended:
                 written, saved = save(), done.seconds
     finally:
         keep()

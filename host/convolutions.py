@@ -1,9 +1,6 @@
-"""A VAE's convolutions on a CPU: in float32 by our kernel, where it has one; in bfloat16 those of a
-TAESD with what follows them.
-"""
+"""A VAE's convolutions on a CPU that computes in float32: by our kernel, where it has one."""
 
 import torch
-from comfy.taesd import taesd
 
 from ..quant import Convolution, convolves
 
@@ -34,41 +31,3 @@ def use_fast_convolutions(network: torch.nn.Module) -> None:
             if kind not in classes:
                 classes[kind] = type(kind.__name__, (_ByKernel, kind), own)
             module.__class__ = classes[kind]
-
-
-class _AtOnce(taesd.Block):
-    """What a block of the host's TAESD becomes. oneDNN adds the bias and what the block was given,
-    and takes ReLU, before a convolution's result leaves the registers; the sum is rounded once.
-    """
-
-    def forward(self, x):
-        first, second, third = self.conv[::2]
-        if torch.is_grad_enabled() or not all(_is_plain(conv, x) for conv in self.conv[::2]):
-            return super().forward(x)
-        pointwise, rest = torch.ops.mkldnn._convolution_pointwise, ("relu", [], "")
-        h = pointwise(pointwise(x, *_arguments(first), *rest), *_arguments(second), *rest)
-        return pointwise.binary(h, x, *_arguments(third), "add", 1, *rest)
-
-
-def _is_plain(conv: torch.nn.Conv2d, x: torch.Tensor) -> bool:
-    """Whether nothing but its weights in bfloat16 says what `conv` does: nodes for seamless
-    pictures set other padding, or another method of the one object.
-    """
-    alike = conv.weight.dtype == x.dtype == torch.bfloat16 and conv.padding_mode == "zeros"
-    return alike and not vars(conv).keys() & {"forward", "_conv_forward"}
-
-
-def _arguments(conv: torch.nn.Conv2d) -> tuple:
-    return conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups
-
-
-def fuse_blocks(network: torch.nn.Module) -> None:
-    """Let the blocks of a TAESD in bfloat16 run a convolution and what follows it at once, where
-    oneDNN knows that type.
-    """
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return
-    for module in network.modules():
-        plain = type(module) is taesd.Block and module.pool is None
-        if plain and isinstance(module.skip, torch.nn.Identity):
-            module.__class__ = _AtOnce

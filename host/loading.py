@@ -12,7 +12,7 @@ import torch
 
 from ..flow import preset_from_metadata
 from . import t5, vocabulary
-from .convolutions import fuse_blocks, use_fast_convolutions
+from .convolutions import use_fast_convolutions
 from .cpu import (
     channels_last,
     may_choose_for_vae,
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 PRESET = "fewstep"  # the attachment of a MODEL that holds its checkpoint's Preset
 TEXT_CONFIG = "fewstep.text_encoder."
 WRITE_AGAIN = "Write the file again with the sizes that the encoder has."
+MOST_ENCODERS = 4  # in one CLIP of the host
 CLIP_TYPES = sorted((t.name.lower() for t in comfy.sd.CLIPType), key=lambda name: name != "sd3")
 
 
@@ -102,6 +103,8 @@ def load_text_encoders(
     if clip_type.lower() not in CLIP_TYPES:
         known = ", ".join(CLIP_TYPES)
         raise ValueError(f"there is no clip type {clip_type}: expected one of {known}")
+    if not 1 <= len(paths) <= MOST_ENCODERS:
+        raise ValueError(f"{len(paths)} text encoders: expected one to {MOST_ENCODERS}")
     state_dicts, options, operations, cut_t5 = [], {}, None, None
     for path in paths:
         state_dict, metadata = read(path)
@@ -165,7 +168,6 @@ def load_vae(path: str):
         raise wrong_kind(path, state_dict, metadata, "VAE")
     if dtype in vae.working_dtypes:
         channels_last(vae.first_stage_model)
-        fuse_blocks(vae.first_stage_model)
     elif dtype is not None:  # such as of sound; the host knows only of one that it has built
         vae = _host_vae(path, sd=weights, metadata=texts(metadata))
     if may_choose_for_vae() and vae.vae_dtype == torch.float32:

@@ -100,11 +100,18 @@ class Adapters:
         c = comfy.samplers.cond_cat(told, device=self.device)
         c["transformer_options"] = options
         wrapper = self.patcher.model_options.get("model_function_wrapper")
-        if wrapper is None:
-            denoised = self.model.apply_model(x, sigma, **c)
-        else:
-            given = {"input": x, "timestep": sigma, "c": c, "cond_or_uncond": [0] * len(x)}
-            denoised = wrapper(self.model.apply_model, given)
+        try:
+            if wrapper is None:
+                denoised = self.model.apply_model(x, sigma, **c)
+            else:
+                given = {"input": x, "timestep": sigma, "c": c, "cond_or_uncond": [0] * len(x)}
+                denoised = wrapper(self.model.apply_model, given)
+        except AssertionError as error:  # as of SD3's table of positions
+            size = "x".join(map(str, x.shape[1:]))
+            raise ValueError(
+                f"The model takes no latents of size {size}: give pictures of another size, "
+                f"smaller ones if in doubt ({error})."
+            ) from error
         return (x - denoised).float() / sigma.view(-1, *[1] * (x.ndim - 1))
 
     @contextmanager

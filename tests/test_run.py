@@ -341,3 +341,11 @@ with run.Host(Path({str(comfyui)!r}), Path({str(comfyui / "base")!r}), sys.execu
         parent.send_signal(getattr(signal, name))
         parent.wait(20)
     wait_until(lambda: not is_alive(pid))
+
+
+@pytest.mark.parametrize("tool", ["distill", "demo"])
+def test_another_python_is_told_which_one_to_take(tool):
+    bare = [sys.executable, "-S", "-m", tool]  # without site-packages
+    ended = subprocess.run(bare, cwd=run.ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "torch is missing" in ended.stderr and str(run.PYTHON.name) in ended.stderr

@@ -121,8 +121,8 @@ def test_what_is_no_picture_or_too_small_is_named(tmp_path):
 
 
 def test_prompts_are_lines(tmp_path):
-    (tmp_path / "p.txt").write_text("a cat\n\n a dog \n", "utf-8")
-    assert folder.prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
+    (tmp_path / "p.txt").write_text("a cat\n\n a\u2028dog \n", "utf-8-sig")  # as Windows' editors
+    assert folder.prompts(tmp_path / "p.txt") == ["a cat", "a\u2028dog"]
     (tmp_path / "p.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"p\.txt holds no prompts"):
         folder.prompts(tmp_path / "p.txt")

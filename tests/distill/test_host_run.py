@@ -48,7 +48,7 @@ def test_prompts_become_a_lora_and_a_second_run_goes_on(tmp_path, caplog):
     assert any(value.any() for name, value in lora.items() if "lora_up" in name)
     assert [p.name for p in (tmp_path / "run-states").iterdir()] == ["00000.pt"]
     kept = load_checkpoint(tmp_path / "run-data.pt")
-    assert len(kept["positive"]) == 2 and not kept["latents"].any()
+    assert len(kept["positive"]) == 2 and "latents" not in kept
     again = host_run.run(
         options(tmp_path, settings=ALL, text_encoder=None)
     )  # nothing is encoded again
@@ -69,10 +69,28 @@ def test_trajectories_of_other_prompts_are_refused(tmp_path):
         host_run.run(options(tmp_path, settings=["steps=4", "guidance=2"], negative="blurred"))
 
 
+def test_a_size_that_the_model_does_not_take_is_told_and_another_goes(tmp_path):
+    with pytest.raises(ValueError, match=r"takes no latents of size 16x128x128: .*smaller ones"):
+        host_run.run(options(tmp_path, size=None))
+    assert host_run.run(options(tmp_path)).exists()  # prompts are not encoded for a size
+
+
+def test_a_name_of_what_another_run_keeps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--name a-data: a-data\.pt would be what another run"):
+        host_run.run(options(tmp_path, name="a-data"))
+
+
+def test_an_optimizer_that_there_is_not_is_told_first(tmp_path):
+    with pytest.raises(ValueError, match="optimizer is 'sgd': expected one of adamw, adamw8bit"):
+        host_run.run(options(tmp_path, settings=["optimizer=sgd"], model=tmp_path / "none"))
+
+
 def test_a_run_is_made_longer(tmp_path):
     host_run.run(options(tmp_path))
     host_run.run(options(tmp_path, settings=["steps=4", "guidance=2"]))
     assert load_checkpoint(tmp_path / "run.pt")["done"]["steps"] == 4
+    rows = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]  # each end is told
 
 
 def test_a_run_leaves_losses_and_sketches(tmp_path, monkeypatch):

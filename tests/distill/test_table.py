@@ -121,15 +121,29 @@ def test_scores_are_compared_on_the_same_captions(tmp_path):
 def test_a_folder_without_scores_and_a_broken_log_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"holds no evaluations\.jsonl: score a run first"):
         page(tmp_path)
-    (tmp_path / "evaluations.jsonl").write_text('{"name": "a"}\n{"name": ')
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(evaluation("a", 0.5)) + "\n{")
     with pytest.raises(ValueError, match=r"evaluations\.jsonl, line 2, is no JSON object"):
         page(tmp_path)
     (tmp_path / "evaluations.jsonl").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"evaluations\.jsonl, line 1, is no JSON object"):
         page(tmp_path)
     (tmp_path / "evaluations.jsonl").write_text('{"name": "a"}')
-    with pytest.raises(ValueError, match=r"a line lacks steps, .*frechet: delete it .*\"a\""):
+    with pytest.raises(ValueError, match=r"line 1, lacks encoders, steps, .*frechet: .*\"a\""):
         page(tmp_path)
+    log(tmp_path / "evaluations.jsonl", [evaluation("a", "0.5")])
+    with pytest.raises(ValueError, match=r"evaluations\.jsonl, line 1, lacks overall: delete"):
+        page(tmp_path)
+
+
+def test_other_lines_and_files_are_passed_over(tmp_path):
+    log(tmp_path / "evaluations.jsonl", [evaluation("match", 0.5, stage="match")])
+    with (tmp_path / "evaluations.jsonl").open("a") as file:
+        file.write("\n")
+    times = {"seconds": 1.0, "sampling": 0.5, "processor": "AVX2"}  # without threads
+    log(tmp_path / "times.jsonl", [times | {"name": name} for name in ("teacher", "split")])
+    log(tmp_path / "captions.jsonl", [{"words": "a red circle"}])
+    lengths = page(tmp_path).split("## How long")[1]
+    assert "| captions |" not in lengths
 
 
 def test_an_empty_log_gives_empty_tables(tmp_path):

@@ -9,7 +9,6 @@ import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_sub_quad
 from comfy.ldm.wan.vae import WanVAE
-from comfy.taesd import taesd
 from fewstep.demo.export import FILES
 from fewstep.demo.shipped import MODELS
 from fewstep.host import convolutions, cpu, loading
@@ -258,20 +257,6 @@ def test_a_vae_computes_in_bfloat16(bfloat16, monkeypatch, vae_files, dimensions
     drawn, truth = decoded(vae, dimensions), decoded(plain, dimensions)
     assert drawn.dtype == torch.float32 and not torch.equal(drawn, truth)
     assert (drawn - truth).square().mean().sqrt() < 0.01  # 40 dB
-
-
-@torch.inference_mode()  # as a graph runs
-def test_a_taesd_computes_its_blocks_at_once(bfloat16, monkeypatch, vae_files):
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("oneDNN has no bfloat16 on this CPU")
-    vae, exact = loading.load_vae(vae_files[4]), host_vae(vae_files[4])
-    monkeypatch.setattr(loading, "fuse_blocks", lambda network: None)
-    apart = loading.load_vae(vae_files[4])
-    blocks = [m for m in vae.first_stage_model.modules() if isinstance(m, taesd.Block)]
-    assert blocks and all(type(block) is convolutions._AtOnce for block in blocks)
-    latent = torch.randn(2, 16, 6, 10, generator=torch.Generator().manual_seed(0))
-    errors = [(each.decode(latent) - exact.decode(latent)).norm() for each in (vae, apart)]
-    assert 0 < errors[0] <= 1.05 * errors[1] and errors[0] != errors[1]
 
 
 @pytest.mark.parametrize("option", ["fp32_vae", "fp16_vae", "bf16_vae", "force_fp32"])

@@ -369,3 +369,9 @@ def test_floats_in_place_of_a_type_that_needs_an_importance_are_refused():
     weight = wrap(blocks, qtype, shape)
     with pytest.raises(ValueError, match=r"IQ1_S .* floats in place, .* needs an importance"):
         weight.requantize_from_float(torch.zeros(4, 256))
+
+
+@pytest.mark.parametrize("number", [0, 5])
+def test_as_many_text_encoders_as_the_host_joins(number):
+    with pytest.raises(ValueError, match=f"{number} text encoders: expected one to 4"):
+        loading.load_text_encoders(["clip.gguf"] * number)
