@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 SIGMAS = (1.0, 0.9, 0.75, 0.5, 0.0)  # uniform, shift 3, rounded
 METHODS = {"trajectory": "trajectory", "match": "matching", "split": "matching"}
-SMALLEST = 16  # pixels a side: a patch of latents
+SMALLEST, LARGEST = 16, 2**14  # pixels a side: a patch of latents, and ComfyUI's MAX_RESOLUTION
 GUIDANCE = 3.0  # of the teacher, where --set says nothing else
 
 
@@ -168,10 +168,10 @@ def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:
         raise ValueError("what is to be learned? Pass --images FOLDER or --prompts FILE, just one")
     pictures = data.captioned(options.images) if options.images else []
     texts = [words for _, words in pictures] or data.prompts(options.prompts)
-    if options.size and (min(options.size) < SMALLEST or any(side % 8 for side in options.size)):
+    if any(side % 8 or not SMALLEST <= side <= LARGEST for side in options.size or ()):
         given = " ".join(map(str, options.size))
         raise ValueError(
-            f"--size is {given}: each side needs {SMALLEST} pixels or more, and whole eights"
+            f"--size is {given}: each side needs {SMALLEST} to {LARGEST} pixels, and whole eights"
         )
     files = [f"{path.name} {path.stat().st_mtime_ns}" for path, _ in pictures]
     size = list(options.size) if options.size and pictures else []
