@@ -46,7 +46,12 @@ class Pictures:
         self.preset = preset_from_metadata(GGUFFile(path or models / FILES["mmdit"]).metadata)
 
     def latents(
-        self, model, prompts: Sequence[str], seed=0, steps: int | None = None, copies: int = 1
+        self,
+        model,
+        prompts: Sequence[str],
+        seed: int = 0,
+        steps: int | None = None,
+        copies: int = 1,
     ) -> dict:
         """LATENT of a picture of each prompt, or of `copies`, in `steps` or the file's own number
         of them.
@@ -70,7 +75,12 @@ class Pictures:
 
     @torch.no_grad()
     def draw(
-        self, model, prompts: Sequence[str], seed=0, steps: int | None = None, copies: int = 1
+        self,
+        model,
+        prompts: Sequence[str],
+        seed: int = 0,
+        steps: int | None = None,
+        copies: int = 1,
     ) -> np.ndarray:
         """(n, height, width, 3) uint8"""
         latents = self.latents(model, prompts, seed, steps, copies)

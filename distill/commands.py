@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 from PIL import Image
 
+from ..host.cpu import capabilities
 from ..host.learned import save_whole
 from ..host.training import check_memory
 from . import kept, runs
@@ -202,21 +203,23 @@ def time(options: Namespace, dataset: Dataset) -> None:
         for name, models in zip(options.name, folders, strict=True):
             _export(name, models, options, dataset)
         drawn = dataset.through_host(folders, options.turns, options.pictures)
-    amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")  # not in older torch
-    capability = torch.backends.cpu.get_cpu_capability() + " AMX" * bool(amx)
+    widest = torch.backends.cpu.get_cpu_capability()  # of torch's kernels: none knows of AMX
+    processor = f"{platform.machine()} {widest}" + " AMX" * bool(capabilities().get("amx_bf16"))
     for name, taken in zip(options.name, drawn, strict=True):
-        seconds, sampling = zip(*taken, strict=True)
+        seconds, sampling = (
+            [each / options.pictures for each in part] for part in zip(*taken, strict=True)
+        )
         row = {
             "name": name,
             "steps": len(kept.schedule(kept.checkpoint(options.folder, name)["config"])[0]) - 1,
-            "seconds": statistics.median(seconds) / options.pictures,
-            "sampling": statistics.median(sampling) / options.pictures,
-            "fastest": min(seconds) / options.pictures,
-            "slowest": max(seconds) / options.pictures,
+            "seconds": statistics.median(seconds),
+            "sampling": statistics.median(sampling),
+            "fastest": min(seconds),
+            "slowest": max(seconds),
             "turns": options.turns,
             "threads": torch.get_num_threads(),
             "pictures": options.pictures,
-            "processor": f"{platform.machine()} {capability}",
+            "processor": processor,
         }
         _note(options.folder / TIMES, row)
 

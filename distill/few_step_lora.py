@@ -21,7 +21,7 @@ from ..host.learned import Progress, kept_if_stopped, lora_model
 from ..host.training import Adapters, training
 from .loop import TrainingDiverged
 from .match import MatchConfig, MatchTask
-from .optimize import ADAMS, adam_of, moments
+from .optimize import adam_of, moments
 from .several import ONE, One
 from .student import StudentConfig, StudentTask
 from .trajectory import TrajectoryConfig, TrajectoryTask
@@ -68,8 +68,9 @@ class Plan:
     branch: tuple[float, float] = MatchConfig.branch
 
     def __post_init__(self):
-        """Raises: ValueError for a method or a type that there is not."""
-        for name, known in (("method", METHODS), ("dtype", DTYPES), ("optimizer", ADAMS)):
+        """Raises: ValueError for a method, type or optimizer that there is not."""
+        adam_of(self.optimizer)
+        for name, known in (("method", METHODS), ("dtype", DTYPES)):
             if (given := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {given!r}: expected one of {', '.join(known)}")
 

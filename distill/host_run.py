@@ -192,9 +192,12 @@ def dataset(options: Namespace, kept: Path) -> tuple[Tensor, list, list]:
     else:
         state = {"made": made} | _encoded(options, pictures, texts)
         save_atomically(state, kept)
-    width, height = options.size or (1024, 1024)
-    empty = torch.zeros(1, 4, height // 8, width // 8)  # see host.training.joined
-    return state["latents"] if pictures else empty, state["positive"], state["negative"]
+    if pictures:
+        latents = state["latents"]
+    else:
+        width, height = options.size or (1024, 1024)
+        latents = torch.zeros(1, 4, height // 8, width // 8)  # see host.training.joined
+    return latents, state["positive"], state["negative"]
 
 
 def name_and_size(file: Path) -> str:

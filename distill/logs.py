@@ -40,8 +40,8 @@ _WRITTEN = {  # in each line: texts and numbers
         ("name", "sha256", "scorer"), ("steps", "cfg", "captions", *_SHARES, "agree")
     ),
 }  # fmt: skip
-_TIMED = ("processor", "threads", "sampling")  # which an older line of times lacks
-_TRAINED = ("trained", "renoise", "seed")
+_TIMED = {"processor", "threads", "sampling"}  # which an older line of times lacks
+_TRAINED = {"trained", "renoise", "seed"}
 
 
 def rows(path: Path) -> list[dict]:
@@ -93,7 +93,7 @@ def timed(times: list[dict], fast: str, slow: str) -> list[tuple[dict, dict]]:
     """
     groups = defaultdict(dict)
     for row in times:
-        if row.keys() >= set(_TIMED):
+        if row.keys() >= _TIMED:
             groups[row["processor"], row["threads"], row.get("pictures", 1)][row["name"]] = row
     both = [group for _, group in sorted(groups.items()) if {fast, slow} <= group.keys()]
     return [(group[fast], group[slow]) for group in both]
@@ -110,7 +110,7 @@ def sharing(evaluations: list[dict]) -> dict[str, list[dict]]:
     """Runs that differ in re-noising and seed alone, by re-noising: "shared" and "random"."""
     groups = defaultdict(lambda: defaultdict(dict))
     for row in evaluations:
-        matched = row.get("stage") == "match" and row.keys() >= set(_TRAINED)
+        matched = row.get("stage") == "match" and row.keys() >= _TRAINED
         if matched and row["encoders"] == PLAIN and "recipe" not in row:
             alike = row["trained"], row["steps"], row["captions"]
             groups[alike][row["renoise"]][row["seed"]] = row

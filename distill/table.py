@@ -20,7 +20,7 @@ from .logs import (
     timed,
 )
 
-_LOGGED = ("step", "samples", "seconds")  # with each loss
+_LOGGED = {"step", "samples", "seconds"}  # with each loss
 
 
 def markdown(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -39,9 +39,7 @@ def shares(row: dict) -> list[str]:
 
 
 def scores(evaluations: list[dict]) -> str:
-    """Every run as it is drawn by default, on the most captions it was scored on: categories in
-    %.
-    """
+    """Every run as it is drawn by default, on the most captions it was scored on, in %."""
     lines, plain = [], {}
     for row in sorted(evaluations, key=lambda row: row["captions"]):
         if row["encoders"] == PLAIN and "ratio" not in row and "recipe" not in row:
@@ -142,10 +140,8 @@ def lengths(folder: Path) -> str:
     """How long each run was trained: the last line of its losses."""
     lines = []
     for path in sorted(folder.glob("*.jsonl")):
-        losses = path.name not in (EVALUATIONS, NOISE, TIMES, SHIPPED)
-        logged = [row for row in (rows(path) if losses else ()) if row.keys() >= set(_LOGGED)]
-        if logged:
-            row = logged[-1]
+        logged = [row for row in rows(path) if row.keys() >= _LOGGED]
+        for row in logged[-1:]:
             minutes = f"{row['seconds'] / 60:.0f}"
             lines.append([path.stem, str(row["step"]), str(row["samples"]), minutes])
     return markdown(["run", "steps", "samples", "minutes"], lines)

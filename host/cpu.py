@@ -34,6 +34,11 @@ LARGE_WEIGHT = 2**20  # weights of a matrix above which its product is worth rou
 LARGE_QUERY = 2**18  # numbers in an attention's queries, likewise
 
 
+def capabilities() -> dict[str, bool]:
+    """This CPU's instructions by torch's names: "avx2", "amx_bf16"; none in older torch."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
 @torch.compiler.assume_constant_result
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for products of bfloat16."""
@@ -42,8 +47,7 @@ def multiplies_bfloat16() -> bool:
 
 @cache
 def _ask_and_tell() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
-    found = sorted(name for name, there in capabilities.items() if there and "bf16" in name)
+    found = sorted(name for name, there in capabilities().items() if there and "bf16" in name)
     if found:
         log.info("CPU with %s: quantised weights are multiplied in bfloat16.", ", ".join(found))
     else:

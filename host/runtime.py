@@ -19,6 +19,7 @@ from comfy_kitchen.tensor import get_layout_class
 
 from ..quant.kernels import find_kernels
 from ..quant.measure import Errors, all_finite
+from .cpu import capabilities
 
 EXACT = "exact"
 _INT8 = "TensorWiseINT8Layout"
@@ -28,7 +29,7 @@ _MEASURED = 8  # the error is that of each so-manieth weight
 
 def _int8_here(device: torch.device) -> bool:
     if device.type == "cpu":
-        there = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+        there = capabilities()
         return any(there.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
     return device.type == "cuda" and get_layout_class(_INT8).supports_fast_matmul()
 
