@@ -74,17 +74,9 @@ class Pictures:
         return [[torch.cat([cond for cond, _ in told]), {"pooled_output": pooled}]]
 
     @torch.no_grad()
-    def draw(
-        self,
-        model,
-        prompts: Sequence[str],
-        seed: int = 0,
-        steps: int | None = None,
-        copies: int = 1,
-    ) -> np.ndarray:
-        """(n, height, width, 3) uint8"""
-        latents = self.latents(model, prompts, seed, steps, copies)
-        return as_bytes(self.vae.decode(latents["samples"]))
+    def draw(self, model, prompts: Sequence[str], **how) -> np.ndarray:
+        """(n, height, width, 3) uint8; `how` as for `latents`."""
+        return as_bytes(self.vae.decode(self.latents(model, prompts, **how)["samples"]))
 
 
 @dataclass(frozen=True)

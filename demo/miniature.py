@@ -115,8 +115,8 @@ class Miniature:
         seconds: list[list[tuple[float, float]]] = [[] for _ in folders]
         for turn in range(turns):
             for maker, model, taken in zip(makers, models, seconds, strict=True):
-                maker.draw(model, [prompt], turn, copies=pictures)
+                maker.draw(model, [prompt], seed=turn, copies=pictures)
                 start = time.perf_counter()
-                maker.draw(model, [prompt], turn, copies=pictures)
+                maker.draw(model, [prompt], seed=turn, copies=pictures)
                 taken.append((time.perf_counter() - start, maker.sampled_in))
         return seconds
