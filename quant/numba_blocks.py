@@ -2,7 +2,7 @@
 
 The bits of each type are drawn where its torch formulation stands (legacy.py, k.py, iq.py,
 ternary.py, microscaling.py), and names are as there. A kernel takes whole blocks as a run of uint8;
-`out`, float32, or uint16 for bfloat16's bits; and the rows of its codebook as int64, if it has one.
+`out`, as `put` takes it; and the rows of its codebook as int64, if it has one.
 `at` is where a block starts, `to` where its weights go.
 """
 
@@ -121,11 +121,13 @@ def q2_k(data, out):
         sc = load_bytes(data, at)
         put(dl, 0, floats(sc & 15) * half(data, at + 80))
         put(ml, 0, floats(sc >> 4) * half(data, at + 82))
-        for j in range(4):  # two halves of a block, each of two parts
-            q, first = load_bytes(data, at + 16 + 16 * j), (j // 2) * 8 + j % 2
+        for j in range(0, 16, 8):  # two halves of a block, of eight parts each
+            q, r = load_bytes(data, at + 16 + 4 * j), load_bytes(data, at + 32 + 4 * j)
             for k in range(4):
-                part = first + 2 * k
-                put(out, to + 16 * part, floats((q >> 2 * k) & 3) * dl[part] - ml[part])
+                part = j + 2 * k
+                put(out, to + 16 * part, floats(q >> 2 * k & 3) * dl[part] - ml[part])
+                part += 1
+                put(out, to + 16 * part, floats(r >> 2 * k & 3) * dl[part] - ml[part])
 
 
 @jit
@@ -139,11 +141,15 @@ def q3_k(data, out):
         low, top = low & _EIGHT_NIBBLES, low >> 4 & _EIGHT_NIBBLES
         sc = join(low | first << 4, top | second << 4) - 32
         put(dl, 0, floats(sc) * half(data, at + 108))
-        for j in range(4):
-            q, h = load_bytes(data, at + 32 + 16 * j), load_bytes(data, at + 16 * (j % 2))
+        h, g = load_bytes(data, at), load_bytes(data, at + 16)
+        for j in range(0, 16, 8):  # two halves of a block, of eight parts each
+            q, r = load_bytes(data, at + 32 + 4 * j), load_bytes(data, at + 48 + 4 * j)
             for k in range(4):
-                part, bit = (j // 2) * 8 + 2 * k + j % 2, (j // 2) * 4 + k
-                v = ((q >> 2 * k) & 3 | ((h >> bit) & 1) << 2) - 4
+                part, bit = j + 2 * k, j // 2 + k
+                v = (q >> 2 * k & 3 | (h >> bit & 1) << 2) - 4
+                put(out, to + 16 * part, floats(v) * dl[part])
+                part += 1
+                v = (r >> 2 * k & 3 | (g >> bit & 1) << 2) - 4
                 put(out, to + 16 * part, floats(v) * dl[part])
 
 
@@ -170,19 +176,24 @@ def q4_k(data, out):
                 put(out, p + 32, floats(q >> 4) * s[2 * j + 1] - s[2 * j + 9])
 
 
+@helper
+def _fives(q, h, j, s, out, to):
+    low, high = (h >> 2 * j & 1) << 4, (h >> 2 * j + 1 & 1) << 4
+    put(out, to, floats(q & 15 | low) * s[2 * j] - s[2 * j + 8])
+    put(out, to + 32, floats(q >> 4 | high) * s[2 * j + 1] - s[2 * j + 9])
+
+
 @jit
 def q5_k(data, out):
     s = np.empty(16, np.float32)
     for b in range(len(out) // 256):
         at, to = 176 * b, 256 * b
         _scales_and_minima(data, at, s)
-        for i in range(0, 32, 16):
-            h = load_bytes(data, at + 16 + i)
-            for j in range(4):
-                q, p = load_bytes(data, at + 48 + 32 * j + i), to + 64 * j + i
-                low, high = (h >> 2 * j & 1) << 4, (h >> 2 * j + 1 & 1) << 4
-                put(out, p, floats(q & 15 | low) * s[2 * j] - s[2 * j + 8])
-                put(out, p + 32, floats(q >> 4 | high) * s[2 * j + 1] - s[2 * j + 9])
+        h, after = load_bytes(data, at + 16), load_bytes(data, at + 32)
+        for j in range(4):
+            q, p = at + 48 + 32 * j, to + 64 * j
+            _fives(load_bytes(data, q), h, j, s, out, p)
+            _fives(load_bytes(data, q + 16), after, j, s, out, p + 16)
 
 
 @jit
@@ -191,18 +202,19 @@ def q6_k(data, out):
     for b in range(len(out) // 256):
         at, to = 210 * b, 256 * b
         put(dl, 0, floats(load_signed(data, at + 192)) * half(data, at + 208))
-        for j in range(4):
-            first = (j // 2) * 8 + j % 2
-            ql, p = at + (j // 2) * 64 + j % 2 * 16, to + 16 * first
-            x, y, h = (
-                load_bytes(data, ql),
-                load_bytes(data, ql + 32),
-                load_bytes(data, at + 128 + 16 * j),
-            )
-            put(out, p, floats((x & 15 | (h & 3) << 4) - 32) * dl[first])
-            put(out, p + 32, floats((y & 15 | (h & 12) << 2) - 32) * dl[first + 2])
-            put(out, p + 64, floats((x >> 4 | h & 48) - 32) * dl[first + 4])
-            put(out, p + 96, floats((y >> 4 | (h >> 2 & 48)) - 32) * dl[first + 6])
+        for j in range(2):
+            ql, qh = at + 64 * j, at + 128 + 32 * j
+            x, y, h = load_bytes(data, ql), load_bytes(data, ql + 32), load_bytes(data, qh)
+            u, v = load_bytes(data, ql + 16), load_bytes(data, ql + 48)
+            g, p, s = load_bytes(data, qh + 16), to + 128 * j, 8 * j
+            put(out, p, floats((x & 15 | (h & 3) << 4) - 32) * dl[s])
+            put(out, p + 16, floats((u & 15 | (g & 3) << 4) - 32) * dl[s + 1])
+            put(out, p + 32, floats((y & 15 | (h & 12) << 2) - 32) * dl[s + 2])
+            put(out, p + 48, floats((v & 15 | (g & 12) << 2) - 32) * dl[s + 3])
+            put(out, p + 64, floats((x >> 4 | h & 48) - 32) * dl[s + 4])
+            put(out, p + 80, floats((u >> 4 | g & 48) - 32) * dl[s + 5])
+            put(out, p + 96, floats((y >> 4 | h >> 2 & 48) - 32) * dl[s + 6])
+            put(out, p + 112, floats((v >> 4 | g >> 2 & 48) - 32) * dl[s + 7])
 
 
 @jit
@@ -331,10 +343,12 @@ def tq2_0(data, out):
     for b in range(len(out) // 256):
         at, to = 66 * b, 256 * b
         d = half(data, at + 64)
-        for j in range(4):
-            q, p = load_bytes(data, at + 16 * j), to + (j // 2) * 128 + j % 2 * 16
+        for j in range(2):
+            q, r = load_bytes(data, at + 32 * j), load_bytes(data, at + 32 * j + 16)
             for k in range(4):
-                put(out, p + 32 * k, floats((q >> 2 * k & 3) - 1) * d)
+                p = to + 128 * j + 32 * k
+                put(out, p, floats((q >> 2 * k & 3) - 1) * d)
+                put(out, p + 16, floats((r >> 2 * k & 3) - 1) * d)
 
 
 @helper

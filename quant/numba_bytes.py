@@ -25,6 +25,7 @@ from .numba_vector import (
     constant,
     define,
     pointer,
+    spread,
 )
 
 _SHORT, _LONG = ir.IntType(16), ir.IntType(64)
@@ -134,6 +135,9 @@ def look_up(values: Sequence[int]) -> Callable:
 def put(array, at, v):
     """Sixteen float32 into an array of float32, or, rounded half to even, into one of uint16:
     bfloat16's bits. NaN stays NaN; subnormal numbers may become zeros.
+
+    Into an array of int32 or int16 that begins with a line of the cache the same bits go past the
+    cache, to memory, and do not fetch first what they write over; `at` is whole sixteens.
     """
 
 
@@ -141,24 +145,35 @@ def put_subnormal(array, at, v):
     """As `put`, but subnormal numbers stay what they are."""
 
 
+_KEPT, _STREAMED = (types.float32, types.uint16), (types.int32, types.int16)
+
+
 def _writes(function: Callable, rounded: Callable) -> None:
     """Type and lower it; `rounded` makes bfloat16's bits of a vector."""
 
     def typed(array, at, v):
-        fits = isinstance(array, types.Array) and array.dtype in (types.float32, types.uint16)
+        fits = isinstance(array, types.Array) and array.dtype in _KEPT + _STREAMED
         return signature(types.none, array, types.intp, v) if fits and v == FLOATS else None
 
     type_callable(function)(lambda context: typed)
 
     @lower_builtin(function, types.Array, types.intp, FLOATS)
     def _(context, builder, sig, args):
-        array, at, v = args
-        if sig.args[0].dtype == types.float32:
-            place = pointer(context, builder, sig.args[0], array, at, LOWERED[FLOATS])
-            builder.store(v, place, align=4)
-        else:
-            place = pointer(context, builder, sig.args[0], array, at, _SHORTS)
-            builder.store(rounded(builder, v), place, align=2)
+        (kind, *_), (array, at, v) = sig.args, args
+        bits = v if kind.dtype in (types.float32, types.int32) else rounded(builder, v)
+        place = pointer(context, builder, kind, array, at, bits.type)
+        size = kind.dtype.bitwidth // 8
+        if kind.dtype in _KEPT:
+            builder.store(bits, place, align=size)
+            return context.get_dummy_value()
+        if bits.type == _SHORTS:
+            # LLVM has no such store of bfloat16, and would see that these are: so it is made to
+            # add a zero, of which it does not know that it is one.
+            start = context.make_array(kind)(context, builder, array).data
+            zero = builder.and_(builder.ptrtoint(start, _SHORT), ir.Constant(_SHORT, 32))
+            bits = builder.or_(bits, spread(builder, zero))
+        stored = builder.store(bits, place, align=size * LANES)
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(WORD, 1)]))
         return context.get_dummy_value()
 
 

@@ -25,7 +25,12 @@ _GRIDS = {
     T.IQ1_M: tables.iq1_grid,
     **{t: partial(tables.grid, t.name) for t in (T.IQ2_XXS, T.IQ2_XS, T.IQ2_S, T.IQ3_XXS, T.IQ3_S)},
 }
-DTYPES = frozenset({torch.float32, torch.bfloat16})
+_BITS = {
+    torch.float32: (torch.float32, torch.int32),
+    torch.bfloat16: (torch.uint16, torch.int16),
+}
+DTYPES = frozenset(_BITS)
+STREAMED = 2**22  # bytes, from which on the cache would not keep what is written
 FAILURES = ()  # what `unpack` may raise where it cannot do its work at all
 
 
@@ -39,11 +44,20 @@ def kernel(qtype: T) -> Callable[[np.ndarray, np.ndarray], None]:
     return lambda data, out: function(data, out, grid)
 
 
+def writable(out: Tensor) -> np.ndarray:
+    """`out` (contiguous, of one of DTYPES) as `numba_bytes.put` takes it, flat. What is large goes
+    past the cache; it is in memory when the thread takes the GIL again, whose lock waits for it.
+    """
+    kept, streamed = _BITS[out.dtype]
+    past = out.nbytes >= STREAMED and not out.data_ptr() % 64
+    return out.view(streamed if past else kept).view(-1).numpy()
+
+
 def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     """blocks (n, type_size) into out, of one of DTYPES; both contiguous and on the CPU."""
     block_size, type_size = GGML_QUANT_SIZES[qtype]
     run, data = kernel(qtype), blocks.contiguous().view(-1).numpy()
-    target = (out if out.dtype is torch.float32 else out.view(torch.uint16)).view(-1).numpy()
+    target = writable(out)
 
     def work(first: int, end: int) -> None:
         weights = target[first * block_size : end * block_size]

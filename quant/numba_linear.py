@@ -14,10 +14,11 @@ from gguf import GGMLQuantizationType as T
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .numba_dequant import kernel
+from .numba_bytes import put
+from .numba_dequant import kernel, writable
 from .numba_jit import jit
 from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, hold, make_tile, pack_rows, release
-from .numba_vector import LANES, aligned, helper, load, store, transpose
+from .numba_vector import LANES, aligned, helper, load, transpose
 from .threads import in_threads
 from .types import PLAIN_QTYPES
 
@@ -74,7 +75,7 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
     """out (vectors, step), from column `row` on, for vectors first … end = these times the rows of
     a, plus theirs of low rank times rows `row` … of up, plus bias.
 
-    a and up are read by whole ROWS; for the panels see `pack_rows`.
+    a and up are read by whole ROWS; for the panels see `pack_rows`; out: as `put` takes it.
     """
     sums, turned = aligned(_MOST * _STEP), aligned(_MOST * LANES)
     held = hold()
@@ -93,7 +94,7 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
             for i in range(min(LANES, vectors - c)):
                 place = (vector + c + i) * step + row
                 for r in range(0, rows, LANES):
-                    store(out, place + r, load(turned, (r + i) * LANES) + load(bias, row + r))
+                    put(out, place + r, load(turned, (r + i) * LANES) + load(bias, row + r))
     release(held)
 
 
@@ -122,7 +123,7 @@ def linear(
     padded, out = -(-vectors // LANES) * LANES, _room(vectors, rows)
     added = x.new_zeros(rows) if bias is None else bias.detach().float().contiguous()
     panel, added = _room(padded * depth).numpy(), added.numpy()
-    flat, result = x.contiguous().view(-1).numpy(), out.view(-1).numpy()
+    flat, result = x.contiguous().view(-1).numpy(), writable(out)
     up, down = (_NONE, _NONE) if factors is None else (_flat(factor) for factor in factors)
     rank = 0 if factors is None else factors[0].shape[1]
     low, low_panel = (_room(padded * n).numpy() for n in (rank, rank // NUMBERS))

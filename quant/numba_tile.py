@@ -21,7 +21,6 @@ from . import numba_amx as amx
 from .numba_jit import AMX, FEATURES, ZERO
 from .numba_vector import (
     FLOATS,
-    INTS,
     LANES,
     LOWERED,
     WORD,
@@ -32,6 +31,7 @@ from .numba_vector import (
     load,
     pointer,
     splat,
+    spread,
     store,
     transpose,
 )
@@ -143,19 +143,13 @@ def _multiply(builder, columns, adds, depth, a, b, out):
         shift = builder.mul(loop.index, ir.Constant(size, LANES))
         vectors = [builder.load(b.at(c, vector, shift), align=4) for c in range(columns)]
         for r in range(ROWS):
-            row = _spread(builder, builder.load(a.at(r, WORD, loop.index), align=4))
+            word = builder.load(a.at(r, WORD, loop.index), align=4)
+            row = builder.bitcast(spread(builder, word), vector)
             for c, column in enumerate(vectors):
                 total = _added(builder, builder.load(sums[r, c]), row, column)
                 builder.store(total, sums[r, c])
     for key, target in targets.items():
         builder.store(builder.load(sums[key]), target, align=4)
-
-
-def _spread(builder, word):
-    row = ir.Constant(LOWERED[INTS], ir.Undefined)
-    row = builder.insert_element(row, word, ir.Constant(WORD, 0))
-    lanes = ir.Constant(ir.VectorType(WORD, LANES), [0] * LANES)
-    return builder.bitcast(builder.shuffle_vector(row, row, lanes), LOWERED[FLOATS])
 
 
 def _added(builder, total, row, column):

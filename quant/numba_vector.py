@@ -58,7 +58,7 @@ def _shuffle(builder, a, b, lanes):
     return builder.shuffle_vector(a, b, mask)
 
 
-def _spread(builder, value):
+def spread(builder, value):
     """A vector with the scalar `value` in each lane; a vector as it is."""
     if isinstance(value.type, ir.VectorType):
         return value
@@ -104,7 +104,7 @@ def define(function: Callable, result: types.Type, *arguments: types.Type) -> Ca
 
     def decorate(build):
         def lower(context, builder, sig, args):
-            return build(builder, *(_spread(builder, value) for value in args))
+            return build(builder, *(spread(builder, value) for value in args))
 
         for place in range(2 ** len(arguments)):  # each subset of scalars
             kinds = [getattr(a, "dtype", a) if place >> i & 1 else a
@@ -269,7 +269,7 @@ def _(context):
 
 @lower_builtin(splat, types.float32)
 def _(context, builder, sig, args):
-    return _spread(builder, args[0])
+    return spread(builder, args[0])
 
 
 @define(set_lanes, types.int32, MASK)

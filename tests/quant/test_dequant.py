@@ -144,6 +144,27 @@ def test_out_takes_the_result(qtype):
 
 
 @EVERY_TYPE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formulation", ["numba"], indirect=True)
+def test_what_goes_past_the_cache_is_the_same(qtype, dtype, monkeypatch):
+    kernels = importlib.import_module("fewstep.quant.numba_dequant")
+    blocks = torch.from_numpy(random_blocks(qtype, 3))
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[dtype]
+    room = torch.zeros(5, QTYPES[qtype].block_size, dtype=dtype)
+    kept = torch.empty_like(room[1:4])
+    kernels.unpack(blocks, qtype, kept)
+    monkeypatch.setattr(kernels, "STREAMED", 0)
+    for start in (0, 1):  # of a line of the cache or not
+        room.fill_(7)
+        out = room.view(-1)[room.shape[1] + start :][: kept.numel()].view_as(kept)
+        assert bool(out.data_ptr() % 64) == bool(start)
+        kernels.unpack(blocks, qtype, out)
+        assert torch.equal(out.view(bits), kept.view(bits))
+        assert room.view(-1)[: room.shape[1] + start].eq(7).all()
+        assert room.view(-1)[room.shape[1] + start + kept.numel() :].eq(7).all()
+
+
+@EVERY_TYPE
 def test_rows_are_those_of_the_whole(qtype):
     length = 2 * QTYPES[qtype].block_size
     blocks = torch.from_numpy(random_blocks(qtype, 10)).view(5, -1)

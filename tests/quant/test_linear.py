@@ -84,6 +84,14 @@ def test_a_matrix_that_stays_unpacked_gives_the_same(rows):
     assert torch.equal(product(unpacked, 77), product(made, 77))
 
 
+def test_results_that_go_past_the_cache_are_the_same(monkeypatch):
+    made, bias = matrix(T.Q4_K, 208, 512), normal(208, seed=1)
+    factors = low_rank_factors(normal(208, 4, seed=2), normal(4, 512, seed=3))
+    kept = product(made, 77, bias, factors)
+    monkeypatch.setattr("fewstep.quant.numba_dequant.STREAMED", 0)
+    assert torch.equal(product(made, 77, bias, factors), kept)
+
+
 def test_nan_shows_and_stays_in_its_row():
     blocks, qtype, weight = matrix(T.Q6_K, 96, 256)
     blocks[7, 208:210] = torch.tensor([0xFF, 0x7F], dtype=torch.uint8)
