@@ -13,7 +13,8 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
-from .numba_vector import BYTE, call, helper, pointer
+from .numba_memory import pointer
+from .numba_vector import BYTE, call, helper
 
 ROWS, COLUMNS = 32, 2  # of a tile of sums, the columns in vectors
 _SIDE, _WIDTH = 16, 64  # rows of a register, and a row's bytes

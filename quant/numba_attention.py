@@ -14,20 +14,9 @@ import torch
 from torch import Tensor
 
 from .numba_jit import AMX, ZERO, f4, jit
+from .numba_memory import aligned, load, store
 from .numba_tile import COLUMNS, ROWS, hold, interleave, make_tile, pack, pack_rows, release
-from .numba_vector import (
-    LANES,
-    aligned,
-    biggest_lane,
-    bits_of,
-    fused,
-    helper,
-    load,
-    moved,
-    select,
-    splat,
-    store,
-)
+from .numba_vector import LANES, biggest_lane, bits_of, fused, helper, moved, select, splat
 from .threads import in_threads
 
 _STEP = COLUMNS * LANES  # keys, or numbers of a value, of a tile

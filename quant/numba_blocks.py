@@ -24,7 +24,8 @@ from .numba_bytes import (
     word,
 )
 from .numba_jit import f4, half_value, jit
-from .numba_vector import floats, helper, load_bytes, select, splat
+from .numba_memory import load_bytes
+from .numba_vector import floats, helper, select, splat
 
 # The same bits of four bytes, or of eight.
 _NIBBLES, _SIXES, _TOPS, _PAIRS = 0x0F0F0F0F, 0x3F3F3F3F, 0x30303030, 0x03030303

@@ -12,6 +12,7 @@ from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
 from .numba_jit import FEATURES
+from .numba_memory import pointer
 from .numba_vector import (
     BYTES,
     FLOATS,
@@ -24,7 +25,6 @@ from .numba_vector import (
     call,
     constant,
     define,
-    pointer,
     spread,
 )
 

@@ -13,6 +13,7 @@ from numpy import ndarray as Array
 
 from .codebook import Codebook, codebook
 from .numba_jit import ONE, ZERO, f4, jit, u1
+from .numba_memory import load, load_bytes, store_bytes
 from .numba_vector import (
     LANES,
     first_of,
@@ -20,12 +21,9 @@ from .numba_vector import (
     greater,
     helper,
     lesser,
-    load,
-    load_bytes,
     nearest,
     smallest_lane,
     splat,
-    store_bytes,
 )
 
 _LARGEST, _HALF, _QUARTER = f4(np.finfo(np.float32).max), f4(0.5), f4(0.25)

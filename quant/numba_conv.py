@@ -12,8 +12,9 @@ A thread turns a block of tiles at a time, and multiplies it with all filters wh
 from torch import Tensor
 
 from .numba_jit import ZERO, f4, jit
+from .numba_memory import aligned, load, store
 from .numba_tile import ROWS, make_tile
-from .numba_vector import LANES, aligned, helper, load, splat, store
+from .numba_vector import LANES, helper, splat
 from .threads import in_threads
 
 _OUT, _SIDE = 4, 6  # of what comes of a tile, and of a tile

@@ -7,19 +7,9 @@ import numpy as np
 
 from .effort import GRID, RANGE_STEP, RANGE_TRIES, RANGE_WINDOW, ROUNDS, TRIALS, WINDOWS
 from .numba_jit import ONE, ZERO, f4, half_bits, half_value, i4, jit
+from .numba_memory import load, store
 from .numba_search import make_qkx_quants, make_qx_quants, range_code, signed_code, to_lanes
-from .numba_vector import (
-    LANES,
-    floats,
-    greater,
-    helper,
-    lesser,
-    load,
-    nearest,
-    select,
-    splat,
-    store,
-)
+from .numba_vector import LANES, floats, greater, helper, lesser, nearest, select, splat
 
 _INF, _HIGHEST, _SAFE = f4(np.inf), 63, f4(1e-6)
 

@@ -9,6 +9,7 @@ compiled by itself, once for all types.
 import numpy as np
 
 from .numba_jit import ZERO, f4, i4, jit, nearest_int
+from .numba_memory import load, store
 from .numba_search import (
     make_q3_quants,
     make_qkx_quants,
@@ -16,13 +17,7 @@ from .numba_search import (
     make_qx_quants,
     to_lanes,
 )
-from .numba_vector import (
-    LANES,
-    load,
-    root,
-    splat,
-    store,
-)
+from .numba_vector import LANES, root, splat
 from .search import MAX_EPS
 
 _EPS = f4(MAX_EPS)

@@ -13,19 +13,8 @@ import torch
 from torch import Tensor
 
 from .numba_jit import ONE, f4, i4, jit
-from .numba_vector import (
-    LANES,
-    bits_of,
-    greater,
-    helper,
-    largest_lane,
-    load,
-    nearest,
-    splat,
-    store,
-    store_bytes,
-    transpose,
-)
+from .numba_memory import load, store, store_bytes, transpose
+from .numba_vector import LANES, bits_of, greater, helper, largest_lane, nearest, splat
 from .threads import in_threads
 
 GROUP = 256  # columns that are rotated together

@@ -13,19 +13,17 @@ from numpy import ndarray as Array
 from .iq1_quantize import book
 from .numba_codebook import tables_of
 from .numba_jit import ONE, ZERO, f4, jit
+from .numba_memory import load, load_bytes, store
 from .numba_vector import (
     LANES,
     bits_of,
     first_of,
     floats,
     helper,
-    load,
-    load_bytes,
     select,
     set_lanes,
     smallest_lane,
     splat,
-    store,
 )
 
 _LARGEST, _HALF, _DELTA = f4(np.finfo(np.float32).max), f4(0.5), f4(0.125)

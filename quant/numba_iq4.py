@@ -9,9 +9,10 @@ import numpy as np
 from gguf.quants import IQ4_NL
 
 from .numba_jit import ONE, ZERO, f4, i4, jit, nearest_int, store_half, u1
+from .numba_memory import load, store
 from .numba_search import find_largest, to_lanes
 from .numba_small import pack_codes, reciprocal
-from .numba_vector import LANES, helper, load, select, splat, stairs, store, truncated
+from .numba_vector import LANES, helper, select, splat, stairs, truncated
 from .search import MAX_EPS
 
 _EPS = f4(MAX_EPS)

@@ -17,8 +17,9 @@ from torch.nn.functional import pad
 from .numba_bytes import put
 from .numba_dequant import kernel, writable
 from .numba_jit import jit
+from .numba_memory import aligned, load, transpose
 from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, hold, make_tile, pack_rows, release
-from .numba_vector import LANES, aligned, helper, load, transpose
+from .numba_vector import LANES, helper
 from .threads import in_threads
 from .types import PLAIN_QTYPES
 
@@ -30,7 +31,7 @@ _SLICE, _MOST = lcm(ROWS, LANES), 384  # rows: so many of a tile, at the least a
 _LARGEST = 2**19 * NUMBERS  # weights of a tile: 2 MiB
 _DEPTH = 768  # numbers or pairs that meet before the next rows do: 192 KiB of _STEP vectors
 _NONE = np.empty(0, np.float32)
-_tile_1, _tile_2, _tile_3, _tile_4 = (make_tile(min(n, COLUMNS), adds=True) for n in (1, 2, 3, 4))
+_tile_1, _tile_2, _tile_3, _tile_4 = (make_tile(n, adds=True) for n in (1, 2, 3, 4))
 
 
 @jit
@@ -40,23 +41,29 @@ def _pack(x, vectors, width, first, end, panel):
 
 
 @helper
-def _add_some(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
-    if columns == 4:
-        _tile_4(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
-    elif columns == 3:
-        _tile_3(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
-    elif columns == 2:
+def _add_one(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
+    _tile_1(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
+
+
+@helper
+def _add_two(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
+    if columns == 2:
         _tile_2(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
     else:
         _tile_1(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
 
 
 @helper
-def _add_one(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
-    _tile_1(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
+def _add_four(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
+    if columns == 4:
+        _tile_4(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
+    elif columns == 3:
+        _tile_3(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
+    else:
+        _add_two(columns, a, at, a_step, b, b_at, b_step, depth, sums, to)
 
 
-_add = _add_one if COLUMNS == 1 else _add_some
+_add = {1: _add_one, 2: _add_two, 4: _add_four}[COLUMNS]
 
 
 @helper

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .numba_dequant import kernel
 from .numba_jit import ZERO, jit
-from .numba_vector import load, splat, store
+from .numba_memory import load, store
+from .numba_vector import splat
 from .threads import in_threads
 
 MOST = 4  # vectors; with more of them a product by torch wins

@@ -7,7 +7,8 @@ first cache, and from piece to piece in float64.
 import numpy as np
 
 from .numba_jit import ZERO, f4, jit
-from .numba_vector import LANES, bits_of, greater, largest_lane, load, select, splat, store
+from .numba_memory import load, store
+from .numba_vector import LANES, bits_of, greater, largest_lane, select, splat
 
 _PIECE = 2**12  # numbers: 256 of a lane
 _EXPONENT, _INF = 0x7F800000, f4(np.inf)

@@ -7,7 +7,8 @@ and `dmin` are (n,), `sc` and `m` (n, sub-blocks) int32, `out` (n, type_size). L
 import numpy as np
 
 from .numba_jit import ZERO, f4, jit, store_half, u1
-from .numba_vector import LANES, greater, helper, lesser, load, load_bytes, nearest, store_bytes
+from .numba_memory import load, load_bytes, store_bytes
+from .numba_vector import LANES, greater, helper, lesser, nearest
 
 
 @helper

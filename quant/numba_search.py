@@ -7,21 +7,8 @@ Source: ggml-quants.c, functions of the same names.
 """
 
 from .numba_jit import ONE, ZERO, f4
-from .numba_vector import (
-    LANES,
-    floats,
-    greater,
-    helper,
-    lesser,
-    load,
-    nearest,
-    select,
-    set_lanes,
-    splat,
-    store,
-    store_bytes,
-    transpose,
-)
+from .numba_memory import load, store, store_bytes, transpose
+from .numba_vector import LANES, floats, greater, helper, lesser, nearest, select, set_lanes, splat
 from .search import MAX_EPS
 
 _EPS, _STEP = f4(MAX_EPS), f4(0.1)

@@ -12,6 +12,7 @@ from gguf.quants import MXFP4
 
 from .numba_jit import ONE, TOO_LARGE, ZERO, f4, i4, jit, store_half, u1
 from .numba_measure import all_finite
+from .numba_memory import load, load_bytes, store_bytes
 from .numba_vector import (
     LANES,
     biggest_lane,
@@ -22,12 +23,9 @@ from .numba_vector import (
     helper,
     largest_lane,
     lesser,
-    load,
-    load_bytes,
     select,
     set_lanes,
     smallest_lane,
-    store_bytes,
     truncated,
 )
 

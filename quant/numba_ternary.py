@@ -6,9 +6,10 @@
 import numpy as np
 
 from .numba_jit import f4, i4, jit, store_half, u1
+from .numba_memory import load, store_bytes
 from .numba_pack import pack_2_bits
 from .numba_small import reciprocal, round_half_away
-from .numba_vector import LANES, bits_of, greater, helper, largest_lane, load, store_bytes
+from .numba_vector import LANES, bits_of, greater, helper, largest_lane
 
 
 @helper

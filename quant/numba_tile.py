@@ -19,22 +19,8 @@ from numba.extending import lower_builtin, type_callable
 
 from . import numba_amx as amx
 from .numba_jit import AMX, FEATURES, ZERO
-from .numba_vector import (
-    FLOATS,
-    LANES,
-    LOWERED,
-    WORD,
-    BFloat,
-    call,
-    define,
-    helper,
-    load,
-    pointer,
-    splat,
-    spread,
-    store,
-    transpose,
-)
+from .numba_memory import load, pointer, store, transpose
+from .numba_vector import FLOATS, LANES, LOWERED, WORD, BFloat, call, define, helper, splat, spread
 
 # With AMX that we may not use torch is faster; with AVX-512 alone its float32 is not measured.
 PAIRS = FEATURES.get("avx512bf16", False) and FEATURES.get("amx-bf16", False) == AMX

@@ -1,17 +1,16 @@
 """Sixteen numbers at a time in numba: a vector type, so that no speed hangs on what LLVM guesses.
 
-`load` takes sixteen float32 from an array, `load_bytes` sixteen uint8 as int32; `+ - * /`,
-comparisons, `& | << >>`, `abs` and the functions below act on each lane; a float32 or int32 beside
-a vector stands for sixteen of it. Each operation is one LLVM instruction, rounded as C rounds it,
-and only `fused` fuses two. LLVM makes of a vector what the processor has: one register of 512 bits,
-two of 256 or four of 128. Arrays must be contiguous, and indices count their elements.
+`+ - * /`, comparisons, `& | << >>`, `abs` and the functions below act on each lane; a float32 or
+int32 beside a vector stands for sixteen of it. Each operation is one LLVM instruction, rounded as C
+rounds it, and only `fused` fuses two. LLVM makes of a vector what the processor has: one register
+of 512 bits, two of 256 or four of 128. `numba_memory.py` takes vectors from arrays and puts them
+back.
 """
 
 import operator
 from collections.abc import Callable, Sequence
 
 import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.typing import signature
@@ -53,7 +52,7 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, LOWERED[kind])
 
 
-def _shuffle(builder, a, b, lanes):
+def shuffle(builder, a, b, lanes):
     mask = ir.Constant(ir.VectorType(WORD, len(lanes)), list(lanes))
     return builder.shuffle_vector(a, b, mask)
 
@@ -64,7 +63,7 @@ def spread(builder, value):
         return value
     vector = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
     vector = builder.insert_element(vector, value, ir.Constant(WORD, 0))
-    return _shuffle(builder, vector, vector, [0] * LANES)
+    return shuffle(builder, vector, vector, [0] * LANES)
 
 
 def call(builder, name, result, *arguments):
@@ -296,7 +295,7 @@ def biggest_lane(v):
 
 @define(first_of, types.int32, MASK, MASK)
 def _(builder, a, b):
-    mask = builder.bitcast(_shuffle(builder, a, b, range(2 * LANES)), WORD)
+    mask = builder.bitcast(shuffle(builder, a, b, range(2 * LANES)), WORD)
     return builder.cttz(mask, ir.Constant(_BIT, 0))
 
 
@@ -304,7 +303,7 @@ def _folded(sign):
     def build(builder, v):
         half = LANES // 2
         while half:
-            other = _shuffle(builder, v, v, [(lane + half) % LANES for lane in range(LANES)])
+            other = shuffle(builder, v, v, [(lane + half) % LANES for lane in range(LANES)])
             v = builder.select(builder.fcmp_ordered(sign, v, other), v, other)
             half //= 2
         return builder.extract_element(v, ir.Constant(WORD, 0))
@@ -333,112 +332,6 @@ def stairs(edges: Sequence[float], values: Sequence[float]) -> Callable:
     return step
 
 
-def load(array, at):
-    """Sixteen float32 from array[at] on."""
-
-
-def load_bytes(array, at):
-    """Sixteen uint8 from array[at] on, as int32."""
-
-
-def store(array, at, v):
-    """Put sixteen float32 into the array."""
-
-
-def store_bytes(array, at, v):
-    """Put the low bytes of sixteen int32 into an array of uint8."""
-
-
-def pointer(context, builder, kind, array, at, vector):
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), ir.PointerType(vector))
-
-
-def _memory(function, element, *values):
-    """Type `function(array of element, index, *values)`, and lower it by what is decorated."""
-    result = types.none if values else (FLOATS if element == types.float32 else INTS)
-
-    def typed(array, *given):
-        if isinstance(array, types.Array) and array.dtype == element and given == values:
-            return signature(result, array, types.intp, *values)
-        return None
-
-    reading, writing = lambda array, at: typed(array), lambda array, at, v: typed(array, v)
-    type_callable(function)(lambda context: writing if values else reading)
-    return lower_builtin(function, types.Array, types.intp, *values)
-
-
-@_memory(load, types.float32)
-def _(context, builder, sig, args):
-    place = pointer(context, builder, sig.args[0], *args, LOWERED[FLOATS])
-    return builder.load(place, align=4)
-
-
-@_memory(load_bytes, types.uint8)
-def _(context, builder, sig, args):
-    place = pointer(context, builder, sig.args[0], *args, BYTES)
-    return builder.zext(builder.load(place, align=1), LOWERED[INTS])
-
-
-@_memory(store, types.float32, FLOATS)
-def _(context, builder, sig, args):
-    place = pointer(context, builder, sig.args[0], args[0], args[1], LOWERED[FLOATS])
-    builder.store(args[2], place, align=4)
-    return context.get_dummy_value()
-
-
-@_memory(store_bytes, types.uint8, INTS)
-def _(context, builder, sig, args):
-    place = pointer(context, builder, sig.args[0], args[0], args[1], BYTES)
-    builder.store(builder.trunc(args[2], BYTES), place, align=1)
-    return context.get_dummy_value()
-
-
-def transpose(array, at, stride, out, to):
-    """out[to :] = 16 × 16 float32, of which row j begins at array[at + j·stride], as columns."""
-
-
-@type_callable(transpose)
-def _(context):
-    return lambda array, at, stride, out, to: signature(
-        types.none, array, types.intp, types.intp, out, types.intp
-    )
-
-
-@lower_builtin(transpose, types.Array, types.intp, types.intp, types.Array, types.intp)
-def _(context, builder, sig, args):
-    array, at, stride, out, to = args
-    vector, rows = LOWERED[FLOATS], []
-    for _ in range(LANES):
-        rows.append(
-            builder.load(pointer(context, builder, sig.args[0], array, at, vector), align=4)
-        )
-        at = builder.add(at, stride)
-    distance = LANES // 2
-    while distance:  # swap the off-diagonal quarters of ever smaller squares
-        lanes = range(LANES)
-        low = [j if not j & distance else LANES + j - distance for j in lanes]
-        high = [j + distance if not j & distance else LANES + j for j in lanes]
-        for j in (j for j in lanes if not j & distance):
-            a, b = rows[j], rows[j + distance]
-            rows[j], rows[j + distance] = (_shuffle(builder, a, b, m) for m in (low, high))
-        distance //= 2
-    for row in rows:
-        builder.store(row, pointer(context, builder, sig.args[3], out, to, vector), align=4)
-        to = builder.add(to, ir.Constant(to.type, LANES))
-    return context.get_dummy_value()
-
-
 def helper(function: Callable) -> Callable:
     """Compiled into the kernels that call it, and not kept by itself."""
     return numba.njit(error_model="numpy")(function)
-
-
-@helper
-def aligned(n):
-    """(n,) float32 of any value that begin with a line of the cache, as torch's memory does: where
-    they do not, every vector of 64 bytes lies in two lines, and its loading takes twice as long.
-    """
-    words = np.empty(n + LANES, np.float32)
-    first = (-words.ctypes.data & 63) >> 2
-    return words[first : first + n]

@@ -55,13 +55,13 @@ def test_error_is_that_of_bfloat16(shape, threads):
 def test_exponentials_err_as_float32s_do():
     """Not below the last exponent but one, and 2^0 exactly."""
     module = importlib.import_module("fewstep.quant.numba_attention")
-    vector = importlib.import_module("fewstep.quant.numba_vector")
+    memory = importlib.import_module("fewstep.quant.numba_memory")
     numba = importlib.import_module("numba")
 
     @numba.njit
     def powers(t, out):
-        for i in range(0, len(t), vector.LANES):
-            vector.store(out, i, module._power(vector.load(t, i)))
+        for i in range(0, len(t), memory.LANES):
+            memory.store(out, i, module._power(memory.load(t, i)))
 
     t = -torch.arange(2**17, dtype=torch.float32) / 2**10  # down to -128
     out = torch.empty_like(t)
