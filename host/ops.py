@@ -100,10 +100,14 @@ class _TakeOver(TakesHooks):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Without torch's `detach`, which fails on a quantised parameter in inference mode."""
+        """Without torch's `detach`, which fails on a quantised parameter in inference mode; and
+        with the LoRA that waits for the weight.
+        """
+        waits = self.waiting_patch() is not None
         for name, param in self._parameters.items():
             if param is not None:
-                saved = SavedWeight(self) if isinstance(param, QuantizedTensor) else param
+                made = isinstance(param, QuantizedTensor) or (waits and name == "weight")
+                saved = SavedWeight(self) if made else param
                 destination[prefix + name] = saved if keep_vars else saved.detach()
 
     def convert_weight(self, weight, inplace=False, **_options):

@@ -1,9 +1,10 @@
-"""What stands for a quantised weight in a state dict, so that the host's save nodes write floats.
+"""What stands for a weight in a state dict, so that the host's save nodes write it as floats, LoRA
+included, though it is quantised or its LoRA is computed beside it.
 
 safetensors copies `numel * itemsize` bytes from a tensor's address: given blocks, it would read on
 past their end. The host has the same trouble with weights whose patches are still to be applied,
 and solves it with parameters on a made-up device, which safetensors moves to the CPU one by one
-(`comfy.model_patcher.LazyCastingParam`). This is the same for blocks.
+(`comfy.model_patcher.LazyCastingParam`). This is the same for blocks, and for side branches.
 """
 
 import torch
@@ -11,7 +12,7 @@ from comfy.model_patcher import CustomTorchDevice
 
 
 class SavedWeight(torch.Tensor):
-    """Shape and type of `module.weight` as floats, its size in blocks, and no memory.
+    """Shape and type of `module.weight` as floats, its size as it lies, and no memory.
 
     `to` gives the floats, patches added, whatever it is asked for: only savers call it.
     """

@@ -198,9 +198,10 @@ def test_pickles_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 16])
-def test_saving_writes_the_floats_with_the_lora(tmp_path, memory):
+@pytest.mark.parametrize("qtype", [T.Q8_0, T.F16])
+def test_saving_writes_the_floats_with_the_lora(tmp_path, memory, qtype):
     """As `ModelSave` does; for weights that were not loaded the host takes another way."""
-    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(), qtype)
     names = {f"model.diffusion_model.{name}": tensor for name, tensor in dense.items()}
     model = with_lora(loading.load_diffusion_model(str(tmp_path / "m.gguf")))
     model.patch_model(torch.device("cpu"), lowvram_model_memory=memory)
