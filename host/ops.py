@@ -11,6 +11,7 @@ weight (see `lora.py`); products take the type and the kernel that are fast on t
 import re
 
 import comfy.float
+import comfy.model_management
 import comfy.ops
 import torch
 from comfy.quant_ops import QuantizedTensor
@@ -154,7 +155,7 @@ class _TakeOver(TakesHooks):
             self.weight_function = [f for f in functions if not is_loaders(f)]
         try:
             # asked for a quantised weight in its own type, the host leaves the unpacking to us
-            packed = is_gguf(self.weight) and not self.weight_function
+            packed = self.comes_packed(device) and not self.weight_function
             weight, bias, stream = comfy.ops.cast_bias_weight(
                 self,
                 dtype=self.weight.dtype if packed else dtype,
@@ -174,6 +175,13 @@ class _TakeOver(TakesHooks):
         if patched:
             weight = waiting(weight.clone() if weight is self.weight else weight)
         return weight, bias, stream
+
+    def comes_packed(self, device) -> bool:
+        """Whether the host can hand the weight over on `device` as blocks. On the CPU, which is not
+        where its dynamic VRAM loads a weight, it unpacks it, to whatever type it is asked for.
+        """
+        on_cpu = comfy.model_management.is_device_cpu(device)
+        return is_gguf(self.weight) and not (on_cpu and "_v" in self.__dict__)
 
     def uncast(self, weight, bias, stream):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
@@ -310,7 +318,7 @@ def gguf_ops(
                     dtype = out_dtype or self.weight.dtype
                     weight, bias, stream = self.cast(dtype, input.device, waiting)
                     rows = torch.nn.functional.embedding(input, weight)
-                elif is_gguf(self.weight) and not self.weight_function:
+                elif self.comes_packed(input.device) and not self.weight_function:
                     weight, bias, stream = comfy.ops.cast_bias_weight(
                         self, dtype=self.weight.dtype, device=input.device, offloadable=True
                     )

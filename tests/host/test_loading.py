@@ -7,6 +7,7 @@ import comfy.sample
 import comfy.sd
 import pytest
 import torch
+from comfy.model_patcher import LowVramPatch
 from comfy.taesd.taesd import TAESD
 from fewstep.host import loading, ops
 from fewstep.host.layout import is_gguf, wrap
@@ -212,6 +213,19 @@ def test_saving_writes_the_floats_with_the_lora(tmp_path, memory, qtype):
     assert saved.keys() == names.keys()
     for name, tensor in names.items():
         torch.testing.assert_close(saved[name].float(), tensor, rtol=2**-8, atol=1e-6)
+
+
+def test_saving_rounds_once_what_the_hosts_dynamic_vram_keeps(tmp_path):
+    """It marks its weights by `_v`, and unpacks them itself where they are asked for on the CPU."""
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    model = with_lora(loading.load_diffusion_model(str(tmp_path / "m.gguf")))
+    layer = comfy.utils.get_attr(model.model.diffusion_model, QKV)
+    layer._v = object()
+    layer.weight_lowvram_function = LowVramPatch(f"diffusion_model.{QKV}.weight", model.patches)
+    saved = model.state_dict_for_saving()[f"model.diffusion_model.{QKV}.weight"].to("cpu")
+    a, b = lora().values()
+    wanted = dense[f"{QKV}.weight"] + a @ b
+    torch.testing.assert_close(saved.float(), wanted, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("loads, samples", [(True, False), (False, True), (True, True)])
