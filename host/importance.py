@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from comfy.model_management import supports_fp64
 from comfy.patcher_extension import WrappersMP
 
 from ..quant.importance import Seen, write_importance
@@ -71,7 +72,7 @@ class _Inputs:
         norms = x.float()
         if leading:
             norms = torch.linalg.vector_norm(x, dim=leading, dtype=torch.float32)
-        squares = norms.double().square() if x.device.type != "mps" else norms.square()
+        squares = (norms.double() if supports_fp64(x.device) else norms).square()
         self.squares = squares if self.squares is None else self.squares + squares
         self.tokens += x.numel() // x.shape[-1]
 

@@ -278,6 +278,16 @@ def test_a_sampling_that_fails_adds_nothing(model, output):
     assert not list(output.rglob("*.gguf"))
 
 
+def test_a_device_without_float64_sums_in_float32(monkeypatch):
+    """Intel's GPUs, Apple's, and those behind DirectML, as the host knows them."""
+    monkeypatch.setattr(importance, "supports_fp64", lambda _device: False)
+    network, x = torch.nn.Sequential(torch.nn.Linear(4, 4)), torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    with importance.watching(network) as sums:
+        network[0](x)
+    assert sums["0.weight"].squares.dtype == torch.float32
+    assert torch.equal(sums["0.weight"].seen().squares, x[0].double().square())
+
+
 def test_inputs_are_counted_however_a_layer_is_called():
     network = torch.nn.Sequential(torch.nn.Linear(4, 4))
     x = torch.tensor([1.0, 2.0, 3.0, 4.0])
