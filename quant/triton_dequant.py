@@ -33,7 +33,7 @@ FAILURES = (Exception,)
 # Of these, what is said of one kernel only. Older Triton has no PTXASError.
 OF_A_KIND = (errors.OutOfResources, getattr(errors, "PTXASError", errors.OutOfResources))
 DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
-_WEIGHTS = 4096  # of a program
+_WARPS = 2  # of a program
 
 
 @triton.jit
@@ -254,6 +254,13 @@ def current(device: torch.device) -> AbstractContextManager:
     return nullcontext() if device.type == "cpu" else getattr(torch, device.type).device(device)
 
 
+def rows(size: int, lanes: int) -> int:
+    """Blocks of a program: 4096 weights, and at least eight lanes, 16 bytes of halves to store, for
+    each thread.
+    """
+    return max(4096 // size, 8 * 32 * _WARPS // lanes)
+
+
 def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     """blocks (n, type_size) uint8 into out, of one of DTYPES; contiguous and on one GPU, both.
 
@@ -261,9 +268,10 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     """
     size, width = GGML_QUANT_SIZES[qtype]
     function, lanes = FORMATS[qtype]
+    B = rows(size, lanes)
     announce("dequantising", qtype, out.dtype, out.device)
     with current(out.device):
-        _dequantize[(triton.cdiv(len(blocks) * size, _WEIGHTS),)](
+        _dequantize[(triton.cdiv(len(blocks), B),)](
             blocks.contiguous(),
             out,
             len(blocks),
@@ -272,6 +280,7 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
             width=width,
             size=size,
             lanes=lanes,
-            B=_WEIGHTS // size,
+            B=B,
             enable_fp_fusion=False,
+            num_warps=_WARPS,
         )

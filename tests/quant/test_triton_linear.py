@@ -118,14 +118,15 @@ def build(kernels, qtype, M, gpu=("cuda", 80, 32)):
     if M:
         constants |= dict(take=kernels._add_product, beside=kernels.beside(lanes, size), M=M, N=32)
     else:
-        constants |= dict(B=4096 // size)
+        constants |= dict(B=dequant.rows(size, lanes))
     if dequant.levels(qtype, torch.device("cpu")) is None:
         constants["levels"] = None
     signature = dict.fromkeys(kernel.arg_names, "i32") | {"data": "*u8", "levels": "*fp32"}
     signature |= {name: "*bf16" for name in ("x", "bias", "out") if name in signature}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constants)
-    options = {"enable_fp_fusion": False} | ({"num_stages": 1} if M else {})
+    options = {"enable_fp_fusion": False}
+    options |= {"num_stages": 1} if M else {"num_warps": dequant._WARPS}
     return triton.compile(source, target=GPUTarget(*gpu), options=options).asm
 
 
