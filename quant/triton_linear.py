@@ -23,6 +23,7 @@ from .triton_dequant import (
     FAILURES,
     FORMATS,
     OF_A_KIND,
+    aligned,
     announce,
     current,
     levels,
@@ -75,17 +76,17 @@ def _linear(
     """
     n, m = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * M + tl.arange(0, M)
     lane, blocks = tl.arange(0, lanes * beside)[None, :], columns // size
-    row = data + n.to(tl.int64)[:, None] * blocks * width
+    row = data + tl.minimum(n, rows - 1).to(tl.int64)[:, None] * blocks * width
     vector = x + m.to(tl.int64)[:, None] * columns
     sums = tl.full((M, N), 0, tl.float32)  # `zeros` is not for the interpreter
     for first in range(0, blocks, beside):
-        live, seen, block = n[:, None] < rows, m[:, None] < vectors, first
+        seen, block = m[:, None] < vectors, first
         if beside > 1:
             block = first + lane // lanes
-            live, seen = live & (block < blocks), seen & (block < blocks)
+            seen &= block < blocks
+            block = tl.minimum(block, blocks - 1)
         part = vector + block * size + lane % lanes
-        at = row + block * width
-        sums = unpack(at, lane % lanes, live, levels, take, part, seen, sums)
+        sums = unpack(row + block * width, lane % lanes, levels, take, part, seen, sums)
     if bias is not None:
         sums += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)[None, :]
     to, live = out + m.to(tl.int64)[:, None] * rows + n[None, :], m[:, None] < vectors
@@ -113,7 +114,7 @@ def linear(blocks: Tensor, qtype: T, x: Tensor, bias: Tensor | None = None) -> T
     with current(x.device):
         _linear[triton.cdiv(rows, _ROWS), triton.cdiv(vectors, M)](
             x.contiguous(),
-            blocks.contiguous(),
+            aligned(blocks),
             bias,
             out,
             vectors,

@@ -60,6 +60,14 @@ def test_halves_are_the_float32s_rounded(kernels, dtype):
     assert ((out.float() - exact).abs() <= (step / 2 if dtype == torch.float16 else step)).all()
 
 
+def test_blocks_that_no_word_can_be_read_of_are_moved(kernels):
+    blocks = random_blocks(TYPES[0], 4)
+    odd = torch.empty(blocks.numel() + 1, dtype=torch.uint8)[1:].view_as(blocks).copy_(blocks)
+    moved = kernels.aligned(odd)
+    assert moved.data_ptr() % 4 == 0 and torch.equal(moved, blocks)
+    assert kernels.aligned(blocks) is blocks
+
+
 def test_only_types_that_look_codes_up_get_the_table(kernels):
     cpu = torch.device("cpu")
     tabled = {qtype.name for qtype in TYPES if kernels.levels(qtype, cpu) is not None}
