@@ -11,7 +11,6 @@ import torch
 from fewstep.quant import QTYPES
 from fewstep.tests.quant.test_linear import matrix, normal
 from fewstep.tests.quant.test_triton import TYPES
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 
 triton = pytest.importorskip("triton")
@@ -105,37 +104,26 @@ def test_every_type_that_is_unpacked_is_multiplied(kernels):
 
 def build(kernels, qtype, M, gpu=("cuda", 80, 32)):
     """What Triton makes for a GPU of the product of M vectors, or of dequantising if M is 0."""
+    from fewstep.tests.quant import built
     from triton.backends import backends
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     if {"cuda": "nvidia", "hip": "amd"}[gpu[0]] not in backends:
         pytest.skip("this Triton has no compiler for such GPUs")
     dequant = importlib.import_module(NAMES[1])
-    (size, width), (unpack, lanes) = GGML_QUANT_SIZES[qtype], kernels.FORMATS[qtype]
-    kernel = kernels._linear if M else dequant._dequantize
-    constants = dict(unpack=unpack, width=width, size=size, lanes=lanes)
-    if M:
-        constants |= dict(take=kernels._add_product, beside=kernels.beside(lanes, size), M=M, N=32)
-    else:
-        constants |= dict(B=dequant.rows(size, lanes))
-    if dequant.levels(qtype, torch.device("cpu")) is None:
-        constants["levels"] = None
-    signature = dict.fromkeys(kernel.arg_names, "i32") | {"data": "*u8", "levels": "*fp32"}
-    signature |= {name: "*bf16" for name in ("x", "bias", "out") if name in signature}
-    signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature, constants)
-    options = {"enable_fp_fusion": False}
-    options |= {"num_stages": 1} if M else {"num_warps": dequant._WARPS}
-    return triton.compile(source, target=GPUTarget(*gpu), options=options).asm
+    if not M:
+        return built.dequantize(dequant, qtype, gpu).asm
+    return built.product(kernels, dequant, qtype, M, gpu).asm
 
 
 @pytest.mark.parametrize("M", [0, 16])
 @pytest.mark.parametrize("qtype", TYPES, ids=lambda qtype: qtype.name)
 def test_a_gpus_compiler_takes_it(for_gpus, qtype, M):
-    """What the interpreter allows, Triton's compiler need not: it makes a kernel for sm_80."""
+    """What the interpreter allows, Triton's compiler need not: it makes a kernel for sm_80, which
+    has registers enough.
+    """
     made = build(for_gpus, qtype, M)
     assert ("mma.sync" in made["ptx"]) == bool(M)  # tensor cores multiply
+    assert "STG" in made["sass"] and "STL" not in made["sass"]  # stores, but none of a spill
 
 
 GPUS = {
