@@ -1,0 +1,119 @@
+"""What bounds dequantising on GPUs, counted from the machine code that Triton makes for them.
+
+    python -m bench.sass [--out FOLDER]
+
+Needs no GPU, and is no measurement: the least time in which a GPU's units execute a kernel's
+instructions (it has no loop, so each counts once), over the time in which its memory copies the
+blocks read and the weights written, in bfloat16, at 90 % of its peak. Waiting comes on top. Rates a
+clock are those of NVIDIA's CUDA C++ Best Practices Guide ("Throughput of Native Arithmetic
+Instructions"), which unit executes what as others measured it; an L1 cache looks up four lines a
+clock (forums.developer.nvidia.com/t/49571). Clocks are the rated boost, an H200's lower: 1.7 GHz.
+The results go to bench/results/sass.json and .md.
+"""
+
+import argparse
+import importlib
+import re
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import triton
+
+from . import table
+from .__main__ import RESULTS, keep
+
+COPIES = 0.9  # of a memory's peak
+LINE, LINES = 128, 4  # bytes of a line of the L1 cache, lines a clock
+INSTRUCTION = re.compile(r"^\S+\t(?:@!?U?P\w+ )?([A-Z]\w+)(\S*)", re.M)
+UNITS = {  # unit -> how its instructions start; they and all others have to be issued, too
+    "float": r"FADD|FMUL|FFMA",
+    "multiply": r"IMAD|HADD2|HFMA2",
+    "integer": r"V?IADD|LOP3|SHF|PRMT|LEA|SGXT|F?SEL|MOV|ISETP|PLOP3|V?IMNMX|I2FP",
+    "pack": r"F2FP",
+    "convert": r"I2F\b|F2I|F2F\b|MUFU|POPC",
+    "memory": r"(LD|ST)[GSL]",
+}
+# Gigahertz; terabytes a second; instructions of a warp on floats, a clock and multiprocessor.
+Gpu = namedtuple("Gpu", "capability multiprocessors gigahertz terabytes floats", defaults=[4])
+GPUS = {
+    "A100": Gpu(80, 108, 1.41, 2.039, floats=2),
+    "RTX 4090": Gpu(89, 128, 2.52, 1.008),
+    "H200": Gpu(90, 132, 1.7, 4.8),
+    "RTX 5090": Gpu(120, 170, 2.41, 1.792),
+}
+
+
+def count(sass: str, lines: float, tabled: bool) -> Counter:
+    """Instructions of a warp by unit, memory's in clocks, where each reaches into so many lines;
+    those that look up a table, which is one line, load 32 bits.
+    """
+    counted = Counter()
+    for name, suffix in INSTRUCTION.findall(sass[: sass.rindex("EXIT")] + "EXIT"):
+        unit = next((unit for unit, starts in UNITS.items() if re.match(starts, name)), None)
+        clocks = {".128": 4, ".64": 2}.get(suffix[suffix.rfind(".") :], 1)
+        clocks = clocks if tabled and suffix == ".E" else max(clocks, lines / LINES)
+        counted[unit] += clocks if unit == "memory" else 1
+        counted["issue"] += 1
+    return counted
+
+
+def bound(counted: Counter, weights: int, octets: float, gpu: Gpu) -> dict[str, float]:
+    """Each unit's time over that of the bytes, for a warp of so many weights of `octets` each."""
+    clocks = {
+        "issue": counted["issue"] / 4,
+        "integer": counted["integer"] / 2 + counted["pack"],
+        "float": (counted["float"] + counted["multiply"]) / gpu.floats,
+        "multiply": counted["multiply"] / 2,
+        "convert": counted["convert"] * 2,
+        "memory": counted["memory"],
+    }
+    clock = 1 / (gpu.multiprocessors * gpu.gigahertz * 1e9)
+    needed = weights * octets / (gpu.terabytes * 1e12 * COPIES)
+    return {unit: n * clock / needed for unit, n in clocks.items()}
+
+
+def measure() -> list[dict]:
+    """A row for each type and GPU."""
+    dequant = importlib.import_module("fewstep.quant.triton_dequant")
+    built = importlib.import_module("fewstep.tests.quant.built")
+    rows = []
+    for qtype, (_, lanes) in dequant.FORMATS.items():
+        size, width = dequant.GGML_QUANT_SIZES[qtype]
+        weights = dequant.rows(size, lanes) * size // dequant._WARPS
+        blocks = 32 * 8 // lanes  # that a warp reaches into at a time: eight lanes a thread
+        lines = min(blocks, blocks * width / LINE + 1)
+        for name, gpu in GPUS.items():
+            sass = built.dequantize(dequant, qtype, ("cuda", gpu.capability, 32)).asm["sass"]
+            counted = count(sass, lines, qtype in dequant._WITH_LEVELS)
+            row = {"type": qtype.name, "gpu": name, "instructions": counted["issue"] * 32 / weights}
+            row["registers"] = 1 + max(map(int, re.findall(r"\bR(\d+)", sass)))
+            row["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+            rows.append(row | {"bounds": bound(counted, weights, width / size + 2, gpu)})
+    return rows
+
+
+def report(result: dict) -> str:
+    body = {row["type"]: [row["type"]] for row in result["rows"]}
+    for row in result["rows"]:
+        unit = max(row["bounds"], key=row["bounds"].get)
+        numbers = f"{row['instructions']:.1f}, {row['registers']}, {row['spills']}"
+        body[row["type"]].append(f"{row['bounds'][unit]:.2f} {unit} ({numbers})")
+    about = (
+        f"Counted from what Triton {result['triton']} makes, not measured: the busiest unit's time "
+        "over that of the bytes (instructions a weight, registers, spills)."
+    )
+    head = ["# Dequantising to bfloat16 on GPUs", "", about, ""]
+    return "\n".join(head + table.rows(["Type", *GPUS], list(body.values())))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m bench.sass", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    importlib.import_module("run").load_pack("fewstep")
+    result = {"triton": triton.__version__, "rows": measure()}
+    keep(options, "sass", result, report(result))
+
+
+if __name__ == "__main__":
+    main()
