@@ -4,11 +4,12 @@
 
 Needs no GPU, and is no measurement: the least time in which a GPU's units execute a kernel's
 instructions (it has no loop, so each counts once), over the time in which its memory copies the
-blocks read and the weights written, in bfloat16, at 90 % of its peak. Waiting comes on top. Rates a
-clock are those of NVIDIA's CUDA C++ Best Practices Guide ("Throughput of Native Arithmetic
-Instructions"), which unit executes what as others measured it; an L1 cache looks up four lines a
-clock (forums.developer.nvidia.com/t/49571). Clocks are the rated boost, an H200's lower: 1.7 GHz.
-The results go to bench/results/sass.json and .md.
+blocks read and the weights written, in bfloat16, at 90 % of its peak. Waiting comes on top. What is
+counted is sure; rates and clocks are assumed, on the slow side where sources differ: the rates of
+arithmetic are those of NVIDIA's guide to CUDA ("Throughput of Native Arithmetic Instructions"), as
+others quote it, and which unit executes what is what others measured; an L1 cache looks up four
+lines a clock (forums.developer.nvidia.com/t/49571, of Volta). Clocks are the rated boost, an H200's
+lower: 1.7 GHz. The results go to bench/results/sass.json and .md.
 """
 
 import argparse
