@@ -57,9 +57,11 @@ def release(kept):
     _set(kept)
 
 
-def multiply(builder, columns: int, adds: bool, depth, a, b, out) -> None:
-    """What a tile of `numba_tile` compiles to. depth: whole sixteens; a, b, out: Operands."""
-    size = depth.type
+def multiply(builder, columns: int, adds: bool, products, out) -> None:
+    """What a tile of `numba_tile` compiles to. products: (a, b, depth), Operands and whole
+    sixteens.
+    """
+    size = out.step.type
 
     def stride(step):
         return builder.mul(step, ir.Constant(size, 4))
@@ -74,18 +76,18 @@ def multiply(builder, columns: int, adds: bool, depth, a, b, out) -> None:
             _do(builder, "tileloadd64", register, target, stride(out.step))
         else:
             _do(builder, "tilezero", register)
-    zero, deep = ir.Constant(size, 0), ir.Constant(size, _SIDE)
-    with cgutils.for_range_slice(builder, zero, depth, deep, size) as (k, _):
-        shift = builder.mul(k, deep)
-        for c in range(columns):
-            column, width = b.at(c, BYTE, shift), ir.Constant(size, _WIDTH)
-            _do(builder, "tileloadd64", _register(_B + c), column, width)
-        for r in range(ROWS // _SIDE):
-            row, factor = a.at(r * _SIDE, BYTE, k), _register(_A + r)
-            _do(builder, "tileloadd64", factor, row, stride(a.step))
+    zero, deep, width = (ir.Constant(size, n) for n in (0, _SIDE, _WIDTH))
+    for a, b, depth in products:
+        with cgutils.for_range_slice(builder, zero, depth, deep, size) as (k, _):
+            shift = builder.mul(k, deep)
             for c in range(columns):
-                total = _register(r * COLUMNS + c)
-                _do(builder, "tdpbf16ps", total, factor, _register(_B + c))
+                _do(builder, "tileloadd64", _register(_B + c), b.at(c, BYTE, shift), width)
+            for r in range(ROWS // _SIDE):
+                row, factor = a.at(r * _SIDE, BYTE, k), _register(_A + r)
+                _do(builder, "tileloadd64", factor, row, stride(a.step))
+                for c in range(columns):
+                    total = _register(r * COLUMNS + c)
+                    _do(builder, "tdpbf16ps", total, factor, _register(_B + c))
     for register, target in sums.items():
         _do(builder, "tilestored64", register, target, stride(out.step))
 

@@ -18,7 +18,7 @@ from .numba_bytes import put
 from .numba_dequant import kernel, writable
 from .numba_jit import jit
 from .numba_memory import aligned, load, transpose
-from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, hold, make_tile, pack_rows, release
+from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, add_tile, hold, pack_rows, release
 from .numba_vector import LANES, helper
 from .threads import in_threads
 from .types import PLAIN_QTYPES
@@ -31,7 +31,6 @@ _SLICE, _MOST = lcm(ROWS, LANES), 384  # rows: so many of a tile, at the least a
 _LARGEST = 2**19 * NUMBERS  # weights of a tile: 2 MiB
 _DEPTH = 768  # numbers or pairs that meet before the next rows do: 192 KiB of _STEP vectors
 _NONE = np.empty(0, np.float32)
-_tile_1, _tile_2, _tile_3, _tile_4 = (make_tile(n, adds=True) for n in (1, 2, 3, 4))
 
 
 @jit
@@ -41,40 +40,21 @@ def _pack(x, vectors, width, first, end, panel):
 
 
 @helper
-def _add_one(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
-    _tile_1(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
-
-
-@helper
-def _add_two(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
-    if columns == 2:
-        _tile_2(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
-    else:
-        _tile_1(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
-
-
-@helper
-def _add_four(columns, a, at, a_step, b, b_at, b_step, depth, sums, to):
-    if columns == 4:
-        _tile_4(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
-    elif columns == 3:
-        _tile_3(a, at, a_step, b, b_at, b_step, depth, sums, to, _STEP)
-    else:
-        _add_two(columns, a, at, a_step, b, b_at, b_step, depth, sums, to)
-
-
-_add = {1: _add_one, 2: _add_two, 4: _add_four}[COLUMNS]
-
-
-@helper
-def _add_all(a, a_at, rows, b, b_at, vectors, depth, first, end, sums):
-    """sums (rows, _STEP) += a (rows, depth) · b (depth, vectors), of depth `first` to `end`."""
+def _add_all(
+    a, rows, b, b_at, vectors, step, first, end, up, up_at, low, low_at, width, deep, sums
+):
+    """sums (rows, _STEP) += a (rows, step) · b (step, vectors), of depth `first` to `end`, and
+    += up (rows, width) · low (width, vectors) of depth 0 to `deep`.
+    """
     for place in range(0, vectors, COLUMNS * LANES):
         columns = min(COLUMNS, -(-(vectors - place) // LANES))
-        from_b = b_at + place * depth + first * LANES
+        from_b, from_low = b_at + place * step + first * LANES, low_at + place * width
         for r in range(0, rows, ROWS):
-            at, to = a_at + r * depth + first, r * _STEP + place
-            _add(columns, a, at, depth, b, from_b, LANES * depth, end - first, sums, to)
+            at, from_up, to = r * step + first, up_at + r * width, r * _STEP + place
+            add_tile(
+                columns, a, at, step, b, from_b, LANES * step, end - first,
+                up, from_up, width, low, from_low, LANES * width, deep, sums, to, _STEP,
+            )  # fmt: skip
 
 
 @jit
@@ -82,7 +62,8 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
     """out (vectors, step), from column `row` on, for vectors first … end = these times the rows of
     a, plus theirs of low rank times rows `row` … of up, plus bias.
 
-    a and up are read by whole ROWS; for the panels see `pack_rows`; out: as `put` takes it.
+    a and up are read by whole ROWS; for the panels see `pack_rows`; out: as `put` takes it. What is
+    of low rank meets sums that are in registers already.
     """
     sums, turned = aligned(_MOST * _STEP), aligned(_MOST * LANES)
     held = hold()
@@ -91,10 +72,11 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
         vectors = min(_STEP, end - vector)
         for k in range(0, depth, _DEPTH):
             upto = min(k + _DEPTH, depth)
-            _add_all(a, 0, rows, panel, vector * depth, vectors, depth, k, upto, sums)
-        if low_depth:
-            at, low = row * low_depth, vector * low_depth
-            _add_all(up, at, rows, low_panel, low, vectors, low_depth, 0, low_depth, sums)
+            deep = low_depth if upto == depth else 0
+            _add_all(
+                a, rows, panel, vector * depth, vectors, depth, k, upto,
+                up, row * low_depth, low_panel, vector * low_depth, low_depth, deep, sums,
+            )  # fmt: skip
         for c in range(0, vectors, LANES):
             for r in range(0, rows, LANES):
                 transpose(sums, r * _STEP + c, _STEP, turned, r * LANES)

@@ -62,6 +62,11 @@ def _(builder, low, high):
     return builder.bitcast(builder.shuffle_vector(both, both, mask), LOWERED[FLOATS])
 
 
+_PLACE = (types.intp, types.intp)
+_ARRAY = (types.Array, *_PLACE)
+_FACTORS = (*_ARRAY, *_ARRAY, types.intp)
+
+
 class Operand(NamedTuple):
     """A matrix as a tile is given it: `reach` makes a pointer of an index and a type; the index
     where it begins; the step from one of its rows (or columns) to the next.
@@ -78,43 +83,77 @@ class Operand(NamedTuple):
         return self.reach(self.builder.add(self.builder.add(self.first, start), more), kind)
 
 
-def make_tile(columns: int, adds: bool = False) -> Callable:
+def make_tile(columns: int) -> Callable:
     """A function for kernels, whose registers hold ROWS rows of so many vectors (up to COLUMNS)."""
 
     def tile(a, a_at, a_step, b, b_at, b_step, depth, out, out_at, out_step):
-        """ROWS × columns vectors of sums over `depth` numbers or pairs, put into `out` or added to
-        it. Row r of a begins at a_at + r·a_step; column c of b at b_at + c·b_step, a vector for
-        each of a's; row r of the result at out_at + r·out_step.
+        """ROWS × columns vectors of sums over `depth` numbers or pairs, put into `out`. Row r of a
+        begins at a_at + r·a_step; column c of b at b_at + c·b_step, a vector for each of a's; row r
+        of the result at out_at + r·out_step.
         """
-
-    place = (types.intp, types.intp)
 
     @type_callable(tile)
     def _(context):
         def typed(a, a_at, a_step, b, b_at, b_step, depth, out, out_at, out_step):
-            return signature(types.none, a, *place, b, *place, types.intp, out, *place)
+            return signature(types.none, a, *_PLACE, b, *_PLACE, types.intp, out, *_PLACE)
 
         return typed
 
-    array = (types.Array, *place)
-
-    @lower_builtin(tile, *array, *array, types.intp, *array)
+    @lower_builtin(tile, *_FACTORS, *_ARRAY)
     def _(context, builder, sig, args):
-        reach = partial(pointer, context, builder)
-        a, b, out = (
-            Operand(builder, partial(reach, sig.args[n], args[n]), *args[n + 1 : n + 3])
-            for n in (0, 3, 7)
-        )
-        emit = amx.multiply if _TILES else _multiply
-        emit(builder, columns, adds, args[6], a, b, out)
+        _emit(builder, columns, False, *_operands(context, builder, sig.args, args))
         return context.get_dummy_value()
 
     return tile
 
 
-def _multiply(builder, columns, adds, depth, a, b, out):
+def add_tile(
+    columns, a, a_at, a_step, b, b_at, b_step, depth, c, c_at, c_step, d, d_at, d_step, deep,
+    out, out_at, out_step,
+):  # fmt: skip
+    """As a tile of so many columns, 1 to COLUMNS, but added to `out`; and of c and d another, over
+    `deep`, while the sums are in registers.
+    """
+
+
+@type_callable(add_tile)
+def _(context):
+    def typed(
+        columns, a, a_at, a_step, b, b_at, b_step, depth, c, c_at, c_step, d, d_at, d_step, deep,
+        out, out_at, out_step,
+    ):  # fmt: skip
+        first = (a, *_PLACE, b, *_PLACE, types.intp)
+        second = (c, *_PLACE, d, *_PLACE, types.intp)
+        return signature(types.none, types.intp, *first, *second, out, *_PLACE)
+
+    return typed
+
+
+def _operands(context, builder, kinds, args):
+    """[(a, b, depth), …], out"""
+
+    def operand(n):
+        reach = partial(pointer, context, builder, kinds[n], args[n])
+        return Operand(builder, reach, *args[n + 1 : n + 3])
+
+    out = len(args) - len(_ARRAY)
+    products = range(0, out, len(_FACTORS))
+    return [(operand(n), operand(n + 3), args[n + 6]) for n in products], operand(out)
+
+
+@lower_builtin(add_tile, types.intp, *_FACTORS, *_FACTORS, *_ARRAY)
+def _(context, builder, sig, args):
+    columns, *args = args
+    products, out = _operands(context, builder, sig.args[1:], args)
+    for n in range(1, COLUMNS + 1):
+        with builder.if_then(builder.icmp_signed("==", columns, ir.Constant(columns.type, n))):
+            _emit(builder, n, True, products, out)
+    return context.get_dummy_value()
+
+
+def _multiply(builder, columns, adds, products, out):
     """What a tile compiles to, in vectors."""
-    size, vector = depth.type, LOWERED[FLOATS]
+    size, vector = out.step.type, LOWERED[FLOATS]
     targets = {
         (r, c): out.at(r, vector, ir.Constant(size, c * LANES))
         for r in range(ROWS)
@@ -125,17 +164,21 @@ def _multiply(builder, columns, adds, depth, a, b, out):
         key: cgutils.alloca_once_value(builder, builder.load(t, align=4) if adds else zero)
         for key, t in targets.items()
     }
-    with cgutils.for_range(builder, depth, intp=size) as loop:
-        shift = builder.mul(loop.index, ir.Constant(size, LANES))
-        vectors = [builder.load(b.at(c, vector, shift), align=4) for c in range(columns)]
-        for r in range(ROWS):
-            word = builder.load(a.at(r, WORD, loop.index), align=4)
-            row = builder.bitcast(spread(builder, word), vector)
-            for c, column in enumerate(vectors):
-                total = _added(builder, builder.load(sums[r, c]), row, column)
-                builder.store(total, sums[r, c])
+    for a, b, depth in products:
+        with cgutils.for_range(builder, depth, intp=size) as loop:
+            shift = builder.mul(loop.index, ir.Constant(size, LANES))
+            vectors = [builder.load(b.at(c, vector, shift), align=4) for c in range(columns)]
+            for r in range(ROWS):
+                word = builder.load(a.at(r, WORD, loop.index), align=4)
+                row = builder.bitcast(spread(builder, word), vector)
+                for c, column in enumerate(vectors):
+                    total = _added(builder, builder.load(sums[r, c]), row, column)
+                    builder.store(total, sums[r, c])
     for key, target in targets.items():
         builder.store(builder.load(sums[key]), target, align=4)
+
+
+_emit = amx.multiply if _TILES else _multiply
 
 
 def _added(builder, total, row, column):
