@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from .machine import processor
 
 RESULTS = Path(__file__).parent / "results"
 LORA_COUNTS = (0, 1, 4, 8)
+TYPES = ("Q6_K", "Q4_K")  # that random blocks are made of
+SIDES = ("fewstep", "host", "runtime", "peer-gguf", "cpp")
 
 
 class Side:
@@ -95,29 +98,58 @@ def keep(options: argparse.Namespace, name: str, result: dict, text: str) -> Pat
 
 def add_measuring(parser: argparse.ArgumentParser, repeats: int) -> None:
     """Options of every benchmark whose sides take turns."""
-    parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=count, default=repeats)
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads())
     clock_help = "cpu: processor time of all threads, for a busy machine (with --threads 1)"
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help=clock_help)
     parser.add_argument("--files", help="a folder where the model files stay for the next run")
     parser.add_argument("--out", type=Path, default=RESULTS)
 
 
-def words(text: str) -> list[str]:
-    return text.split(",")
+def some(*choices: str) -> Callable[[str], list[str]]:
+    """For argparse: some of the choices, with commas between."""
+
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in choices]:
+            told = ", ".join(choices)
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of these: {told}")
+        return names
+
+    return read
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return number
+
+
+def counts(text: str) -> list[int]:
+    return [count(word) for word in text.split(",")]
+
+
+def clone(text: str) -> Path:
+    if not (Path(text) / "nodes.py").is_file():
+        where = "git clone https://github.com/city96/ComfyUI-GGUF"
+        raise argparse.ArgumentTypeError(f"{text} is no clone of ComfyUI-GGUF: {where}")
+    return Path(text)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--peer-gguf", type=Path, help="a clone of city96/ComfyUI-GGUF")
-    parser.add_argument("--types", type=words, default=["Q6_K", "Q4_K"])
-    runtime_help = "measure the loader's `runtime` too: int8, fp8, mxfp8 or nvfp4"
-    parser.add_argument("--runtime", help=runtime_help)
-    parser.add_argument("--pixels", type=words, default=["256", "512"], help="sides of the picture")
+    parser.add_argument("--peer-gguf", type=clone, help="a clone of city96/ComfyUI-GGUF")
+    parser.add_argument("--types", type=some(*TYPES), default=TYPES, help=", ".join(TYPES))
+    runtime_help = "measure the loader's `runtime` too"
+    parser.add_argument("--runtime", choices=["int8", "fp8", "mxfp8", "nvfp4"], help=runtime_help)
+    parser.add_argument("--pixels", type=counts, default=[256, 512], help="sides of the picture")
     first_help = "how often each side starts anew for a first picture, cold and warm; 0: never"
     parser.add_argument("--first", type=int, default=3, help=first_help)
     parser.add_argument("--no-loras", action="store_true", help="do not measure LoRAs")
-    parser.add_argument("--leave-out", type=words, default=[], help="sides not to measure")
+    parser.add_argument(
+        "--leave-out", type=some(*SIDES), default=[], help=f"not to measure of {', '.join(SIDES)}"
+    )
     add_measuring(parser, repeats=5)
     return parser.parse_args()
 
@@ -142,7 +174,7 @@ def measure_first(options, sides, paths, qtype, result) -> None:
 
     Cold: nothing of the files is in the system's cache, as on the first picture of the day.
     """
-    for size in map(int, options.pixels):
+    for size in options.pixels:
         for cold in (True, False) if cache.CAN_FORGET else (False,):
             start = (options, sides, paths, qtype, size, cold)
             if turns := [first_turn(*start) for _ in range(options.first)]:
@@ -168,7 +200,7 @@ def first_turn(options, sides, paths, qtype, size: int, cold: bool) -> dict[str,
 
 def measure(options, sides, paths, qtype, result) -> None:
     """All sides on one type of file, in turns; adds rows to `result`."""
-    pixels, clock = [int(p) for p in options.pixels], options.clock
+    pixels, clock = options.pixels, options.clock
     for size in pixels:
         workers = {}
         for name, given in sides.items():
@@ -180,7 +212,8 @@ def measure(options, sides, paths, qtype, result) -> None:
         for name in ("fewstep", "peer-gguf"):
             if name in workers and size == pixels[-1] and not options.no_loras:
                 turns = [lora_turn(workers[name], size, clock) for _ in range(options.repeats)]
-                result["loras"].append({"type": qtype, "side": name, "turns": turns})
+                row = {"type": qtype, "pixels": size, "side": name, "turns": turns}
+                result["loras"].append(row)
                 say(f"{qtype} LoRAs, {name}: {table.medians(turns)}")
         for worker in workers.values():
             worker.close()
@@ -208,6 +241,7 @@ def setting(options: argparse.Namespace) -> dict:
         "threads": options.threads,
         "runtime": getattr(options, "runtime", None),
         "repeats": options.repeats,
+        "starts": getattr(options, "first", None),
         "clock": options.clock,
         "torch": torch.__version__,
         "date": date.today().isoformat(),

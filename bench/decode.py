@@ -12,7 +12,7 @@ import itertools
 import tempfile
 
 from . import table
-from .__main__ import Side, add_measuring, keep, say, setting, words
+from .__main__ import Side, add_measuring, counts, keep, say, setting, some
 
 WAYS = {"decode": "latent to picture", "encode_picture": "picture to latent"}
 
@@ -24,7 +24,7 @@ def measure(options: argparse.Namespace, paths: dict[str, str]) -> list[dict]:
     for vae, path in paths.items():
         for side in sides.values():
             side(do="load_vae", file=path)
-        for pixels, way in itertools.product(map(int, options.pixels), WAYS):
+        for pixels, way in itertools.product(options.pixels, WAYS):
             turns = [
                 {name: side(do=way, pixels=pixels)[options.clock] for name, side in sides.items()}
                 for _ in range(options.repeats + 1)
@@ -55,8 +55,10 @@ def report(result: dict) -> str:
 def main() -> None:
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=about)
-    parser.add_argument("--vae", type=words, default=["SD3", "TAESD"])
-    parser.add_argument("--pixels", type=words, default=["256", "512"])
+    parser.add_argument(
+        "--vae", type=some("SD3", "TAESD"), default=["SD3", "TAESD"], help="SD3, TAESD"
+    )
+    parser.add_argument("--pixels", type=counts, default=[256, 512])
     add_measuring(parser, repeats=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -12,7 +12,7 @@ import argparse
 import tempfile
 
 from . import table
-from .__main__ import Side, add_measuring, keep, make_files, say, setting, words
+from .__main__ import TYPES, Side, add_measuring, counts, keep, make_files, say, setting
 
 DRAWN = {  # how it is drawn: steps and CFG
     "teacher": {"steps": 50, "cfg": 4.5},
@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace, paths: dict[str, str]) -> list[dict]:
         return dict(zip(PARTS, (each[clock] for each in spent), strict=True))
 
     rows = []
-    for pixels in map(int, options.pixels):
+    for pixels in options.pixels:
         for how in DRAWN.values():
             picture(pixels, 1, how["cfg"])  # warms up
         turns = []
@@ -69,8 +69,8 @@ def report(result: dict) -> str:
 def main() -> None:
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.distilled", description=about)
-    parser.add_argument("--type", default="Q6_K", help="of the matrices: Q6_K or Q4_K")
-    parser.add_argument("--pixels", type=words, default=["256", "512"])
+    parser.add_argument("--type", choices=TYPES, default="Q6_K", help="of the matrices")
+    parser.add_argument("--pixels", type=counts, default=[256, 512])
     add_measuring(parser, repeats=3)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -10,12 +10,11 @@ GGUFReader. The results go to bench/results/encode.md and .json.
 import argparse
 import tempfile
 import time
-from pathlib import Path
 
 from gguf import GGUFReader
 
 from . import table
-from .__main__ import Side, add_measuring, keep, setting
+from .__main__ import TYPES, Side, add_measuring, clone, count, keep, setting
 
 WORDS = "tokenizer.ggml.tokens"
 
@@ -84,9 +83,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.encode", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--peer-gguf", type=Path, help="a clone of city96/ComfyUI-GGUF")
-    parser.add_argument("--type", default="Q4_K", help="of the T5's matrices: Q4_K or Q6_K")
-    parser.add_argument("--tokens", type=int, default=77)
+    parser.add_argument("--peer-gguf", type=clone, help="a clone of city96/ComfyUI-GGUF")
+    parser.add_argument("--type", choices=TYPES, default="Q4_K", help="of the T5's matrices")
+    parser.add_argument("--tokens", type=count, default=77)
     add_measuring(parser, repeats=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -11,7 +11,19 @@ import tempfile
 from pathlib import Path
 
 from . import chart, table
-from .__main__ import Side, add_measuring, keep, make_files, say, setting, words
+from .__main__ import (
+    SIDES,
+    TYPES,
+    Side,
+    add_measuring,
+    clone,
+    counts,
+    keep,
+    make_files,
+    say,
+    setting,
+    some,
+)
 
 TEXT = 77  # tokens
 
@@ -27,9 +39,9 @@ def measure(options: argparse.Namespace, sides: dict[str, tuple], paths: dict[st
     workers = {name: Side(name, options.threads, *given) for name, given in sides.items()}
     for name, worker in workers.items():
         worker(do="load", file=paths["F16" if name == "host" else options.type])
-    sizes = [int(p) for p in options.pixels]
+    sizes = options.pixels
     settings = [(size, 1) for size in sizes]
-    settings += [(sizes[0], int(n)) for n in options.batches if int(n) > 1]
+    settings += [(sizes[0], n) for n in options.batches if n > 1]
     rows = []
     for pixels, batch in [settings[0], *settings]:  # the first one warms up
         turns = [
@@ -77,11 +89,11 @@ def report(result: dict) -> str:
 def main() -> None:
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.growth", description=about)
-    parser.add_argument("--peer-gguf", type=Path, help="a clone of city96/ComfyUI-GGUF")
-    parser.add_argument("--type", default="Q6_K")
-    parser.add_argument("--pixels", type=words, default=["256", "384", "512", "768"])
-    parser.add_argument("--batches", type=words, default=["1", "2", "4"])
-    parser.add_argument("--leave-out", type=words, default=[], help="sides not to measure")
+    parser.add_argument("--peer-gguf", type=clone, help="a clone of city96/ComfyUI-GGUF")
+    parser.add_argument("--type", choices=TYPES, default="Q6_K")
+    parser.add_argument("--pixels", type=counts, default=[256, 384, 512, 768])
+    parser.add_argument("--batches", type=counts, default=[1, 2, 4])
+    parser.add_argument("--leave-out", type=some(*SIDES), default=[], help="sides not to measure")
     add_measuring(parser, repeats=3)
     options = parser.parse_args()
     sides = {"fewstep": (), "host": ()}

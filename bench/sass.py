@@ -18,8 +18,6 @@ import re
 from collections import Counter, namedtuple
 from pathlib import Path
 
-import triton
-
 from . import table
 from .__main__ import RESULTS, keep
 
@@ -111,6 +109,10 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.sass", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError:
+        parser.error("needs triton: on Linux, `pip install triton` (`run.py test` does)")
     importlib.import_module("run").load_pack("fewstep")
     result = {"triton": triton.__version__, "rows": measure()}
     keep(options, "sass", result, report(result))

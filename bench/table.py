@@ -93,11 +93,18 @@ def first_and_memory(result: dict) -> list[str]:
 def loras(result: dict) -> list[str]:
     counts = list(result["loras"][0]["turns"][0])
     body = [
-        [row["type"], LABELS[row["side"]], f"{medians(row['turns'])['0']:.2f} s"]
+        [
+            row["type"],
+            f"{row['pixels']}²",
+            LABELS[row["side"]],
+            f"{medians(row['turns'])['0']:.2f} s",
+        ]
         + [ratio(row["turns"], count, "0") for count in counts[1:]]
         for row in result["loras"]
     ]
-    return rows(["Type", "Side", "None", *(f"{n}, times none" for n in counts[1:])], body)
+    return rows(
+        ["Type", "Picture", "Side", "None", *(f"{n}, times none" for n in counts[1:])], body
+    )
 
 
 def rates(rate: dict[str, list[float]]) -> list[str]:

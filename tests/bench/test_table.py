@@ -22,7 +22,7 @@ def result():
         "setting": {"device": "cpu", "threads": 2},
         "steps": [{"type": "Q6_K", "pixels": 256, "turns": TURNS}],
         "first": [{"type": "Q6_K", "pixels": 256} | first],
-        "loras": [{"type": "Q6_K", "side": "fewstep", "turns": LORAS}],
+        "loras": [{"type": "Q6_K", "pixels": 256, "side": "fewstep", "turns": LORAS}],
         "rates": {"copy": [4.0, 5.0, 6.0], "Q6_K": [9.0, 10.0, 11.0]},
     }
 
@@ -40,7 +40,7 @@ def test_report_has_a_row_for_each_measurement():
         "| Q6_K | 256² | cold | FewStep | 0.5 s | 2.0 s |  | 1.2 GB |  |",
         "| Q6_K | 256² | cold | ComfyUI, unquantised | 2.0 s | 4.0 s | 2.00 (1.75–2.25) "
         "| 2.5 GB | 2.00 (2.00–2.00) |",
-        "| Q6_K | FewStep | 1.50 s | 1.05 (1.00–1.10) | 1.30 (1.20–1.40) |",
+        "| Q6_K | 256² | FewStep | 1.50 s | 1.05 (1.00–1.10) | 1.30 (1.20–1.40) |",
         "| Q6_K | 10.00 | 9.00–11.00 | 2.00 |",
     ):
         assert row in text
