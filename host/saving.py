@@ -37,10 +37,17 @@ class SavedWeight(torch.Tensor):
         return self.module.weight.nbytes
 
     def to(self, *_args, **_kwargs):
-        waiting = self.module.waiting_patch()
-        weight, bias, stream = self.module.cast(torch.float32, torch.device("cpu"), waiting)
-        self.module.uncast(weight, bias, stream)
+        module, waiting = self.module, self.module.waiting_patch()
+        functions, module.weight_function = module.weight_function, []  # others' are not saved
+        try:
+            weight, bias, stream = module.cast(torch.float32, torch.device("cpu"), waiting)
+        finally:
+            module.weight_function = functions
+        module.uncast(weight, bias, stream)
         return weight.to(self.dtype)
+
+    def cpu(self, *_args, **_kwargs):
+        return self.to("cpu")
 
     def detach(self):
         return self

@@ -215,6 +215,19 @@ def test_saving_writes_the_floats_with_the_lora(tmp_path, memory, qtype):
         torch.testing.assert_close(saved[name].float(), tensor, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.parametrize("memory", [0, 1])
+@pytest.mark.parametrize("qtype", [T.Q8_0, T.F32])
+def test_saving_leaves_out_what_other_nodes_do_to_a_weight(tmp_path, memory, qtype):
+    dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(), qtype)
+    model = with_lora(loading.load_diffusion_model(str(tmp_path / "m.gguf")))
+    model.add_weight_wrapper(f"diffusion_model.{QKV}.weight", lambda weight: weight * 2)
+    model.patch_model(torch.device("cpu"), lowvram_model_memory=memory)
+    saved = model.state_dict_for_saving()[f"model.diffusion_model.{QKV}.weight"]
+    a, b = lora().values()
+    wanted = dense[f"{QKV}.weight"] + a @ b
+    torch.testing.assert_close(saved.to("cpu").float(), wanted, rtol=2**-8, atol=1e-6)
+
+
 def test_saving_rounds_once_what_the_hosts_dynamic_vram_keeps(tmp_path):
     """It marks its weights by `_v`, and unpacks them itself where they are asked for on the CPU."""
     dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
@@ -222,7 +235,7 @@ def test_saving_rounds_once_what_the_hosts_dynamic_vram_keeps(tmp_path):
     layer = comfy.utils.get_attr(model.model.diffusion_model, QKV)
     layer._v = object()
     layer.weight_lowvram_function = LowVramPatch(f"diffusion_model.{QKV}.weight", model.patches)
-    saved = model.state_dict_for_saving()[f"model.diffusion_model.{QKV}.weight"].to("cpu")
+    saved = model.state_dict_for_saving()[f"model.diffusion_model.{QKV}.weight"].cpu()
     a, b = lora().values()
     wanted = dense[f"{QKV}.weight"] + a @ b
     torch.testing.assert_close(saved.float(), wanted, rtol=2**-8, atol=1e-6)
