@@ -14,6 +14,7 @@ import tempfile
 from . import table
 from .__main__ import Side, add_measuring, counts, keep, say, setting, some
 
+VAES = ("SD3", "TAESD")
 WAYS = {"decode": "latent to picture", "encode_picture": "picture to latent"}
 
 
@@ -55,9 +56,7 @@ def report(result: dict) -> str:
 def main() -> None:
     about = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=about)
-    parser.add_argument(
-        "--vae", type=some("SD3", "TAESD"), default=["SD3", "TAESD"], help="SD3, TAESD"
-    )
+    parser.add_argument("--vae", type=some(*VAES), default=VAES, help=", ".join(VAES))
     parser.add_argument("--pixels", type=counts, default=[256, 512])
     add_measuring(parser, repeats=5)
     options = parser.parse_args()

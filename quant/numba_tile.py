@@ -20,7 +20,19 @@ from numba.extending import lower_builtin, type_callable
 from . import numba_amx as amx
 from .numba_jit import AMX, FEATURES, ZERO
 from .numba_memory import load, pointer, store, transpose
-from .numba_vector import FLOATS, LANES, LOWERED, WORD, BFloat, call, define, helper, splat, spread
+from .numba_vector import (
+    FLOATS,
+    LANES,
+    LOWERED,
+    WORD,
+    BFloat,
+    call,
+    define,
+    helper,
+    shuffle,
+    splat,
+    spread,
+)
 
 # With AMX that we may not use torch is faster; with AVX-512 alone its float32 is not measured.
 PAIRS = FEATURES.get("avx512bf16", False) and FEATURES.get("amx-bf16", False) == AMX
@@ -58,8 +70,7 @@ def _(builder, low, high):
 def _(builder, low, high):
     both = _rounded(builder, low, high)
     lanes = [lane + side for lane in range(LANES) for side in (0, LANES)]
-    mask = ir.Constant(ir.VectorType(WORD, 2 * LANES), lanes)
-    return builder.bitcast(builder.shuffle_vector(both, both, mask), LOWERED[FLOATS])
+    return builder.bitcast(shuffle(builder, both, both, lanes), LOWERED[FLOATS])
 
 
 _PLACE = (types.intp, types.intp)
