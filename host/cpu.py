@@ -21,11 +21,21 @@ import logging
 from functools import cache
 
 import comfy.model_management
+import comfy.ops
 import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.diffusionmodules import mmdit
 
-from ..quant import PLAIN_QTYPES, attend, multiplies_many, multiply_few, multiply_many
+from ..quant import (
+    PLAIN_QTYPES,
+    attend,
+    gelu,
+    multiplies_many,
+    multiply_few,
+    multiply_many,
+    rms_norm,
+)
 from .layout import is_gguf
 
 log = logging.getLogger(__name__)
@@ -153,9 +163,7 @@ class Attention:
         self.model = model
 
     def __call__(self, default, q, k, v, heads, mask=None, **options):
-        patcher = self.model.current_patcher
-        exact = patcher is not None and patcher.force_cast_weights
-        if exact or q.device.type != "cpu" or q.numel() <= LARGE_QUERY:
+        if asks_float32(self.model) or q.device.type != "cpu" or q.numel() <= LARGE_QUERY:
             return default(q, k, v, heads, mask=mask, **options)
         dtype = q.dtype
         if dtype == torch.float32 and multiplies_bfloat16():
@@ -181,8 +189,53 @@ def by_kernel(q, k, v, heads, skip_reshape=False, skip_output_reshape=False, **o
     return attended.transpose(1, 2) if skip_output_reshape else attended.flatten(2)
 
 
-def use_fast_attention(patcher) -> None:
-    """Give a MODEL that runs on a CPU the fast attention, unless the host was asked for float32."""
-    if comfy.model_management.is_device_cpu(patcher.load_device) and not wants_float32():
-        options = patcher.model_options["transformer_options"]
-        options.setdefault("optimized_attention_override", Attention(patcher.model))
+class _Pointwise:
+    """Mixin for a network's module without products: by our kernel, where there is one for what it
+    is given. `gguf_model` is the BaseModel that it is part of.
+    """
+
+    def forward(self, input):
+        plain = torch.compiler.is_compiling() or asks_float32(self.gguf_model)
+        made = None if plain else self.by_kernel(input)
+        return super().forward(input) if made is None else made
+
+
+class _GELU(_Pointwise, torch.nn.GELU):
+    def by_kernel(self, input):
+        return gelu(input) if self.approximate == "tanh" else None
+
+
+class _RMSNorm(_Pointwise, mmdit.RMSNorm):
+    def by_kernel(self, input):
+        return normalize(self, input)
+
+
+_POINTWISE = {torch.nn.GELU: _GELU, mmdit.RMSNorm: _RMSNorm}
+
+
+def normalize(norm: torch.nn.Module, input: torch.Tensor) -> torch.Tensor | None:
+    """The output of an RMS norm by our kernel, where there is one for it."""
+    patched = getattr(norm, "weight_function", None) or getattr(norm, "bias_function", None)
+    if patched or norm.weight is None or norm.weight.dim() != 1:
+        return None
+    return rms_norm(input, norm.weight, norm.eps)
+
+
+def asks_float32(model) -> bool:
+    """Whether the node ModelComputeDtype told the BaseModel what to compute in."""
+    patcher = model.current_patcher
+    return patcher is not None and patcher.force_cast_weights
+
+
+def use_fast_kernels(patcher) -> None:
+    """Give a MODEL that runs on a CPU the fast attention, activations and norms, unless the host
+    was asked for float32.
+    """
+    if not comfy.model_management.is_device_cpu(patcher.load_device) or wants_float32():
+        return
+    options = patcher.model_options["transformer_options"]
+    options.setdefault("optimized_attention_override", Attention(patcher.model))
+    for module in patcher.model.diffusion_model.modules():
+        if type(module) in _POINTWISE:
+            module.__class__ = _POINTWISE[type(module)]  # as torch's parametrizations do
+            object.__setattr__(module, "gguf_model", patcher.model)  # not a part of the module

@@ -13,13 +13,7 @@ import torch
 from ..flow import preset_from_metadata
 from . import t5, vocabulary
 from .convolutions import use_fast_convolutions
-from .cpu import (
-    channels_last,
-    may_choose_for_vae,
-    use_fast_attention,
-    vae_dtype,
-    wants_float32,
-)
+from .cpu import channels_last, may_choose_for_vae, use_fast_kernels, vae_dtype, wants_float32
 from .files import (
     adopt_fp8,
     check_finite,
@@ -81,7 +75,7 @@ def load_diffusion_model(
         take_loras(model)
         take_hooks(model)
         stay_resident(model, operations.gguf_residency)
-        use_fast_attention(model)
+        use_fast_kernels(model)
     t5.take_alone(model.model)
     model.cached_patcher_init = (load_diffusion_model, (path, memory, runtime))
     if preset is not None:

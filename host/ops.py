@@ -5,7 +5,7 @@ the host's. They add five things: weights are taken over from the state dict ins
 quantised weight cannot be copied into a float parameter, and a mapped file should not be); a
 weight that the host patches is dequantised first; a LoRA on a linear layer is computed beside its
 weight (see `lora.py`); products take the type and the kernel that are fast on the device (see
-`cpu.py`, `gpu.py`); and a result that is not finite names its tensor.
+`cpu.py`, `gpu.py`), as do norms; and a result that is not finite names its tensor.
 """
 
 import re
@@ -18,7 +18,7 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..quant import dequantize_rows
 from .compiled import OneOperation
-from .cpu import multiply_packed, product_dtype
+from .cpu import may_choose, multiply_packed, normalize, product_dtype
 from .gpu import multiply_on_gpu
 from .hooks import TakesHooks, is_loaders
 from .layout import dense, is_gguf
@@ -349,6 +349,11 @@ def gguf_ops(
 
         class LayerNorm(_Dense, host.LayerNorm): ...
 
-        class RMSNorm(_Dense, host.RMSNorm): ...
+        class RMSNorm(_Dense, host.RMSNorm):
+            gguf_exact, gguf_text, comfy_force_cast_weights = exact, text_encoder, False
+
+            def forward_comfy_cast_weights(self, input):
+                made = normalize(self, input) if may_choose(self, input) else None
+                return super().forward_comfy_cast_weights(input) if made is None else made
 
     return GGUFOps

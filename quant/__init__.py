@@ -12,6 +12,7 @@ from .dequant import (
 )
 from .errors import GGUFError
 from .fused import multiply_fused, prefers_fused
+from .pointwise import gelu, rms_norm
 from .quantize import quantize, writable_types
 from .reader import GGUFFile, TensorInfo
 from .types import PLAIN_QTYPES, PLAIN_TYPES, QTYPES, QType, types_markdown
@@ -30,6 +31,7 @@ __all__ = [
     "convolves",
     "dequantize",
     "dequantize_rows",
+    "gelu",
     "low_rank_factors",
     "multiplies_many",
     "multiply_few",
@@ -37,6 +39,7 @@ __all__ = [
     "multiply_many",
     "prefers_fused",
     "quantize",
+    "rms_norm",
     "types_markdown",
     "writable_types",
     "write_gguf",

@@ -15,33 +15,16 @@ from torch import Tensor
 
 from .numba_jit import AMX, ZERO, f4, jit
 from .numba_memory import aligned, load, store
+from .numba_pointwise import power_of_2, sum_of_lanes
 from .numba_tile import COLUMNS, ROWS, hold, interleave, make_tile, pack, pack_rows, release
-from .numba_vector import LANES, biggest_lane, bits_of, fused, helper, moved, select, splat
+from .numba_vector import LANES, biggest_lane, helper, select, splat
 from .threads import in_threads
 
 _STEP = COLUMNS * LANES  # keys, or numbers of a value, of a tile
 _LOG2_E = 1.4426950408889634
-_LEAST = f4(-125.0)  # exponent
-_WHOLE = f4(12582912.0)  # 3 · 2^22: a float32 beside it is rounded to a whole number, its last bits
 # Numbers of a head's keys up to which all stays in cache: with more torch is faster, if it has AMX.
 MOST = 2**19 if AMX else sys.maxsize
 _tile = make_tile(COLUMNS)
-
-
-@helper
-def _power(t):
-    """2^t of t ≤ 0, to 2e-7 of itself, not below 2^-125; NaN stays NaN, if its lowest nine bits are
-    zero, as of those that come of bfloat16.
-    """
-    t = select(t < _LEAST, _LEAST, t)
-    whole = t + _WHOLE
-    f = t - (whole - _WHOLE)
-    v = fused(f, splat(f4(1.32647143e-3)), f4(9.67151264e-3))  # minimax of 2^f on -1/2 … 1/2
-    v = fused(v, f, f4(5.55073377e-2))
-    v = fused(v, f, f4(0.240222421))
-    v = fused(v, f, f4(0.693146978))
-    v = fused(v, f, f4(1.0))
-    return moved(v, bits_of(whole))
 
 
 @helper
@@ -56,19 +39,10 @@ def _softmax(s, at, keys, padded, factor, p, to):
     most = splat(biggest_lane(largest) * factor)  # rounded as in the loop: the largest has 2^0
     total = splat(ZERO)
     for i in range(0, padded, 2 * LANES):
-        low = _power(load(s, at + i) * factor - most)
-        high = _power(load(s, at + i + LANES) * factor - most)
+        low = power_of_2(load(s, at + i) * factor - most)
+        high = power_of_2(load(s, at + i + LANES) * factor - most)
         total += low + high
         store(p, to + i // 2, pack(low, high))
-    return total
-
-
-@helper
-def _sum(v, lanes):
-    store(lanes, 0, v)
-    total = ZERO
-    for lane in lanes:
-        total += lane
     return total
 
 
@@ -110,7 +84,7 @@ def _attend(q, k, v, out, first, end, heads, rows, keys, width, scale):
                 _tile(a, 0, pairs, key_panel, key * pairs, LANES * pairs, pairs, s, key, padded)
             for r in range(n):
                 total = _softmax(s, r * padded, keys, padded, factor, p, r * padded // 2)
-                share[r] = f4(1.0) / _sum(total, lanes)
+                share[r] = f4(1.0) / sum_of_lanes(total, lanes)
             half = padded // 2
             for i in range(0, width, _STEP):
                 _tile(p, 0, half, value_panel, i * half, LANES * half, half, o, i, width)

@@ -15,7 +15,7 @@ from fewstep.host import convolutions, cpu, loading
 from fewstep.host.files import read
 from fewstep.host.layout import dense, wrap
 from fewstep.host.ops import gguf_ops
-from fewstep.quant import convolves, dequantize, multiplies_many
+from fewstep.quant import convolves, dequantize, multiplies_many, pointwise
 from fewstep.quant.kernels import find_kernels
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_loading import sample
@@ -188,8 +188,9 @@ def test_a_large_weight_is_multiplied_in_bfloat16(monkeypatch):
         assert cpu.product_dtype(linear, x) == dtype
 
 
-def test_compute_dtype_node_asks_for_float32(bfloat16, tmp_path):
+def test_compute_dtype_node_asks_for_float32(bfloat16, monkeypatch, tmp_path):
     """What ModelComputeDtype does, on a clone: the model itself stays fast."""
+    monkeypatch.setattr(pointwise, "_LEAST", 0)
     dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(depth=4), T.Q6_K)
     model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
     fast = sample(model)
@@ -199,9 +200,22 @@ def test_compute_dtype_node_asks_for_float32(bfloat16, tmp_path):
     assert torch.equal(sample(model), fast)
 
 
+@pytest.mark.parametrize("qtype", [T.F32, T.Q6_K])
+def test_activations_and_norms_draw_the_same(monkeypatch, tmp_path, qtype):
+    toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit(depth=4), qtype)
+    model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
+    assert set(cpu._POINTWISE.values()) <= {type(module) for module in model.model.modules()}
+    plain = sample(model)
+    monkeypatch.setattr(pointwise, "_LEAST", 0)
+    drawn = sample(model)
+    assert not torch.equal(drawn, plain)
+    assert relative_error(drawn, plain) < 1e-5
+
+
 @pytest.mark.parametrize("option", ["fp32_unet", "force_fp32"])
 def test_options_of_the_host_ask_for_float32(bfloat16, monkeypatch, tmp_path, option):
     monkeypatch.setattr(args, option, True)
+    monkeypatch.setattr(pointwise, "_LEAST", 0)
     dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
     model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
     assert torch.equal(sample(model), sample(comfy.sd.load_diffusion_model_state_dict(dense)))

@@ -52,24 +52,6 @@ def test_error_is_that_of_bfloat16(shape, threads):
     assert (got - truth).norm() <= 1.1 * by_torch  # no worse than torch's kernel
 
 
-def test_exponentials_err_as_float32s_do():
-    """Not below the last exponent but one, and 2^0 exactly."""
-    module = importlib.import_module("fewstep.quant.numba_attention")
-    memory = importlib.import_module("fewstep.quant.numba_memory")
-    numba = importlib.import_module("numba")
-
-    @numba.njit
-    def powers(t, out):
-        for i in range(0, len(t), memory.LANES):
-            memory.store(out, i, module._power(memory.load(t, i)))
-
-    t = -torch.arange(2**17, dtype=torch.float32) / 2**10  # down to -128
-    out = torch.empty_like(t)
-    powers(t.numpy(), out.numpy())
-    assert out[0] == 1
-    torch.testing.assert_close(out.double(), t.double().clamp(-125).exp2(), rtol=2e-7, atol=0)
-
-
 def test_long_rows_of_scores_are_left_to_torchs_amx():
     amx = importlib.import_module("fewstep.quant.numba_jit").AMX
     q, k, v = tensors(1, 4, 2**13, 1, 64)

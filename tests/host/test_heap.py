@@ -1,0 +1,70 @@
+"""What is freed stays while a model samples on a CPU, and is returned when it is unloaded."""
+
+import pytest
+import torch
+from fewstep.host import heap, loading
+from fewstep.tests.host import toys
+from fewstep.tests.host.test_loading import sample
+
+resource = pytest.importorskip("resource")
+SIZE, PAGE = 2**25, 4096
+SETTLED = 12  # glibc lays its first few aligned results one behind the other
+
+pytestmark = pytest.mark.skipif(heap._glibc() is None, reason="not glibc, or told by its user")
+
+
+def faults(run) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident() -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def use_some(times=1):
+    for _ in range(times):
+        torch.ones(SIZE // 4)
+
+
+def test_memory_is_used_again_and_returned():
+    heap._keep(None)
+    use_some(SETTLED)
+    again = faults(use_some)
+    kept = resident()
+    heap._return(None, True)
+    assert again < SIZE // PAGE // 10
+    assert resident() <= kept - SIZE // 2
+
+
+def test_a_clone_takes_it_over():
+    heap._keep(None)
+    use_some(SETTLED)
+    heap._return(None, False)
+    assert faults(use_some) < SIZE // PAGE // 10
+    heap._return(None, True)
+
+
+def test_sampling_keeps_and_unloading_returns(monkeypatch, tmp_path):
+    toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
+    model, told = loading.load_diffusion_model(str(tmp_path / "m.gguf")), []
+    monkeypatch.setattr(heap, "_set", told.append)
+    sample(model)
+    assert told == [heap._KEEPING]
+    model.detach()
+    assert told == [heap._KEEPING, heap._USUAL]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ours"),
+    [
+        ("MALLOC_TRIM_THRESHOLD_", "1", False),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=1", False),
+        ("GLIBC_TUNABLES", "glibc.cpu.x86_shstk=on", True),
+    ],
+)
+def test_who_told_glibc_is_not_overruled(monkeypatch, name, value, ours):
+    monkeypatch.setenv(name, value)
+    assert (heap._glibc.__wrapped__() is not None) == ours
