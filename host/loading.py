@@ -23,6 +23,7 @@ from .files import (
     rename_text_encoder,
     wrong_kind,
 )
+from .heap import keep_freed_memory
 from .hooks import take_hooks
 from .layout import dense, is_gguf
 from .lora import take_loras
@@ -76,6 +77,7 @@ def load_diffusion_model(
         take_hooks(model)
         stay_resident(model, operations.gguf_residency)
         use_fast_kernels(model)
+        keep_freed_memory(model)
     t5.take_alone(model.model)
     model.cached_patcher_init = (load_diffusion_model, (path, memory, runtime))
     if preset is not None:
