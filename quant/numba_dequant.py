@@ -12,9 +12,11 @@ import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
+from numba import types
 from torch import Tensor
 
 from . import numba_blocks, tables
+from .numba_native import address_of
 from .threads import in_threads
 from .types import QTYPES
 
@@ -44,13 +46,30 @@ def kernel(qtype: T) -> Callable[[np.ndarray, np.ndarray], None]:
     return lambda data, out: function(data, out, grid)
 
 
-def writable(out: Tensor) -> np.ndarray:
-    """`out` (contiguous, of one of DTYPES) as `numba_bytes.put` takes it, flat. What is large goes
-    past the cache; it is in memory when the thread takes the GIL again, whose lock waits for it.
+@cache
+def native_kernel(qtype: T, dtype: torch.dtype) -> tuple[int, np.ndarray]:
+    """The same, as `numba_native.call` or, with a codebook, `call_with` takes it, for weights of
+    `dtype`; and the rows of the codebook.
     """
+    kept = {torch.float32: types.float32, torch.bfloat16: types.uint16}[dtype]
+    kinds, grid = [types.uint8[::1], kept[::1]], np.empty(0, np.int64)
+    if qtype in _GRIDS:
+        grid = _GRIDS[qtype](torch.device("cpu")).long().numpy()
+        kinds.append(types.Array(types.int64, grid.ndim, "C"))
+    return address_of(getattr(numba_blocks, qtype.name.lower()), *kinds), grid
+
+
+def streams(out: Tensor) -> bool:
+    """Whether what is written to `out` goes past the cache. It is in memory once the thread takes a
+    lock, as the GIL's, or has met the others at the end of their work.
+    """
+    return out.nbytes >= STREAMED and not out.data_ptr() % 64
+
+
+def writable(out: Tensor) -> np.ndarray:
+    """`out` (contiguous, of one of DTYPES) as `numba_bytes.put` takes it, flat."""
     kept, streamed = _BITS[out.dtype]
-    past = out.nbytes >= STREAMED and not out.data_ptr() % 64
-    return out.view(streamed if past else kept).view(-1).numpy()
+    return out.view(streamed if streams(out) else kept).view(-1).numpy()
 
 
 def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:

@@ -6,12 +6,14 @@ product is fused with a sum. Numbers of 32 bits are cast as such, or numba would
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import numba
 import numpy as np
 import torch
+from llvmlite import binding
 from numba.core.codegen import get_host_cpu_features
 
 f4, i4, u1 = np.float32, np.int32, np.uint8
@@ -24,6 +26,14 @@ _LISTED = numba.config.CPU_FEATURES
 if _LISTED is None:
     _LISTED = "" if numba.config.CPU_NAME else get_host_cpu_features()
 FEATURES = {name[1:]: name[0] == "+" for name in _LISTED.split(",") if name}
+_LEAST_LLVM = (16, 0, 0)  # earlier ones give these instructions other types
+if FEATURES.get("avx512bf16") and binding.llvm_version_info < _LEAST_LLVM:
+    FEATURES["avx512bf16"] = False
+    logging.getLogger(__name__).warning(
+        "numba %s does not know this CPU's bfloat16 instructions: products by torch, which is "
+        "slower. Install numba 0.62 or newer.",
+        numba.__version__,
+    )
 # AMX's registers are the system's to give; it is asked for them (on Linux, by newer torch), for the
 # process and for good, as torch asks for its own products.
 AMX = all(FEATURES.get(name, False) for name in ("amx-tile", "amx-bf16")) and bool(
@@ -43,9 +53,15 @@ _SOURCES = [
 _DIGEST = hashlib.sha256(b"".join(_SOURCES)).hexdigest()[:12]
 
 
+def named(function: Callable) -> Callable:
+    """With a name of its own for as long as none of the kernels' files changes."""
+    function.__qualname__ += "_" + _DIGEST
+    return function
+
+
 def jit(function: Callable) -> Callable:
     """Compile when first called, and keep the code until one of the kernels' files changes."""
-    function.__qualname__ += "_" + _DIGEST
+    function = named(function)
     options = {"error_model": "numpy", "nogil": True}
     try:
         return numba.njit(cache=True, **options)(function)

@@ -7,6 +7,7 @@ through memory; sums, bias and results are float32.
 """
 
 from math import lcm
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +16,24 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .numba_bytes import put
-from .numba_dequant import kernel, writable
+from .numba_dequant import native_kernel, streams
 from .numba_jit import jit
 from .numba_memory import aligned, load, transpose
+from .numba_native import (
+    array_of,
+    bytes_at,
+    call,
+    call_with,
+    floats_at,
+    ints_at,
+    longs_at,
+    native,
+    shorts_at,
+    take,
+)
 from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, add_tile, hold, pack_rows, release
 from .numba_vector import LANES, helper
-from .threads import in_threads
+from .threads import natively
 from .types import PLAIN_QTYPES
 
 LowRank = tuple[Tensor, Tensor]
@@ -29,14 +42,42 @@ UNPACKED = PLAIN_QTYPES[DTYPE]  # of a matrix as it is multiplied
 _STEP = 4 * LANES  # vectors that meet a tile at once
 _SLICE, _MOST = lcm(ROWS, LANES), 384  # rows: so many of a tile, at the least and the most
 _LARGEST = 2**19 * NUMBERS  # weights of a tile: 2 MiB
+_NONE = np.empty(0, np.int64)
 _DEPTH = 768  # numbers or pairs that meet before the next rows do: 192 KiB of _STEP vectors
-_NONE = np.empty(0, np.float32)
 
 
-@jit
-def _pack(x, vectors, width, first, end, panel):
-    row = aligned(LANES * width // NUMBERS)
-    pack_rows(x, 0, width, vectors, first, end, width, row, panel)
+class _Told(NamedTuple):
+    """What the threads are told, see `linear`; names of tensors are addresses, 0 for none."""
+
+    x: int
+    blocks: int
+    bias: int
+    up: int
+    down: int
+    out: int
+    panel: int  # the packed vectors
+    low: int  # the vectors times `down`, and these packed
+    low_panel: int
+    vectors: int
+    padded: int  # … to whole LANES
+    columns: int
+    depth: int  # columns, or pairs of them
+    rows: int
+    row_size: int  # in bytes
+    rank: int
+    unpack: int  # code for `call`, 0 if the matrix is UNPACKED
+    grid: int  # the codebook
+    codes: int  # rows of that
+    streamed: int  # whether `out` is to be written past the cache
+    some_vectors: int  # so many are packed, and so many rows multiplied, at a time
+    some_rows: int
+    next_vectors: int = 0  # what a thread will `take`
+    next_rows: int = 0
+
+
+_TOLD = np.dtype([(name, np.int64) for name in _Told._fields])
+_told_at = array_of(_TOLD)
+_VECTORS_TAKEN, _ROWS_TAKEN = (_TOLD.fields[f"next_{name}"][1] for name in ("vectors", "rows"))
 
 
 @helper
@@ -68,7 +109,7 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
     sums, turned = aligned(_MOST * _STEP), aligned(_MOST * LANES)
     held = hold()
     for vector in range(first, end, _STEP):
-        sums[:] = np.float32(0)
+        sums[: -(-rows // ROWS) * ROWS * _STEP] = np.float32(0)
         vectors = min(_STEP, end - vector)
         for k in range(0, depth, _DEPTH):
             upto = min(k + _DEPTH, depth)
@@ -85,6 +126,73 @@ def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias,
                 for r in range(0, rows, LANES):
                     put(out, place + r, load(turned, (r + i) * LANES) + load(bias, row + r))
     release(held)
+
+
+@helper
+def _panels(t):
+    """Of the vectors, and of what they are of low rank."""
+    size = t.padded * (t.rank // NUMBERS)
+    return floats_at(t.panel, t.padded * t.depth), floats_at(t.low_panel, size)
+
+
+@native
+def _pack_vectors(told):
+    """Fills the panels, some vectors at a time."""
+    t = _told_at(told, 1)[0]
+    (panel, low_panel), x = _panels(t), floats_at(t.x, t.vectors * t.columns)
+    down, low = floats_at(t.down, (t.rank + ROWS) * t.depth), floats_at(t.low, t.padded * t.rank)
+    row, none = aligned(LANES * max(t.columns, t.rank) // NUMBERS), aligned(0)
+    bias = np.zeros(t.rank, np.float32)
+    while True:
+        first = take(told + _VECTORS_TAKEN) * t.some_vectors
+        if first >= t.padded:
+            return
+        end = min(first + t.some_vectors, t.padded)
+        pack_rows(x, 0, t.columns, t.vectors, first, end, t.columns, row, panel)
+        if not t.rank:
+            continue
+        last = min(end, t.vectors)
+        for r in range(0, t.rank, _MOST):
+            a, rows = down[r * t.depth :], min(_MOST, t.rank - r)
+            _multiply(a, rows, panel, t.depth, none, none, 0, first, last, bias, low, r, t.rank)
+        pack_rows(low, 0, t.rank, t.vectors, first, end, t.rank, row, low_panel)
+
+
+@helper
+def _multiply_tiles(told, t, out):
+    """Unpacks and multiplies some rows at a time."""
+    (panel, low_panel), width = _panels(t), t.rank // NUMBERS
+    up, room = floats_at(t.up, (t.rows + ROWS) * width), aligned(t.some_rows * t.depth)
+    bias = floats_at(t.bias, t.rows) if t.bias else np.zeros(t.rows, np.float32)
+    while True:
+        row = take(told + _ROWS_TAKEN) * t.some_rows
+        if row >= t.rows:
+            return
+        rows, a = min(t.some_rows, t.rows - row), room
+        data, numbers = t.blocks + row * t.row_size, rows * t.depth
+        if t.unpack:
+            part, weights = bytes_at(data, rows * t.row_size), room.ctypes.data
+            tile = shorts_at(weights, 2 * numbers) if NUMBERS == 2 else floats_at(weights, numbers)
+            if t.codes:
+                call_with(t.unpack, part, tile, longs_at(t.grid, t.codes))
+            else:
+                call(t.unpack, part, tile)
+        elif rows % ROWS:
+            room[:numbers] = floats_at(data, numbers)
+        else:
+            a = floats_at(data, numbers)
+        _multiply(
+            a, rows, panel, t.depth, up, low_panel, width, 0, t.vectors, bias, out, row, t.rows
+        )
+
+
+@native
+def _multiply_rows(told):
+    t = _told_at(told, 1)[0]
+    if t.streamed:
+        _multiply_tiles(told, t, ints_at(t.out, t.vectors * t.rows))
+    else:
+        _multiply_tiles(told, t, floats_at(t.out, t.vectors * t.rows))
 
 
 def low_rank(up: Tensor, down: Tensor) -> LowRank:
@@ -106,57 +214,40 @@ def linear(
     blocks: (rows, bytes of a row) uint8 of UNPACKED or a type in `numba_dequant.COMPILED`, on the
     CPU.
     """
-    (vectors, columns), rows, depth = x.shape, len(blocks), x.shape[1] // NUMBERS
-    row_size, data = blocks.shape[1], blocks.contiguous().view(-1).numpy()
-    unpack = kernel(qtype) if qtype != UNPACKED else None
-    padded, out = -(-vectors // LANES) * LANES, _room(vectors, rows)
-    added = x.new_zeros(rows) if bias is None else bias.detach().float().contiguous()
-    panel, added = _room(padded * depth).numpy(), added.numpy()
-    flat, result = x.contiguous().view(-1).numpy(), writable(out)
-    up, down = (_NONE, _NONE) if factors is None else (_flat(factor) for factor in factors)
-    rank = 0 if factors is None else factors[0].shape[1]
-    low, low_panel = (_room(padded * n).numpy() for n in (rank, rank // NUMBERS))
-    zeros = np.zeros(rank, np.float32)
-
-    def pack(first: int, end: int) -> None:
-        first, end = first * LANES, end * LANES
-        _pack(flat, vectors, columns, first, end, panel)
-        end = min(end, vectors)
-        for row in range(0, rank, _MOST):
-            part, a = min(_MOST, rank - row), down[row * depth :]
-            _multiply(a, part, panel, depth, _NONE, _NONE, 0, first, end, zeros, low, row, rank)
-        if rank:
-            _pack(low, vectors, rank, first, end, low_panel)
-
-    # Few tiles, since each of their calls waits for the GIL, but one for each thread.
-    share = -(-rows // torch.get_num_threads())
-    step = max(_SLICE, min(_MOST, _LARGEST // columns, share + _SLICE - 1) // _SLICE * _SLICE)
-
-    def work(first: int, end: int) -> None:
-        a = _room(step * depth).numpy()
-        as_numbers = a.view(np.uint16) if NUMBERS == 2 else a
-        for row in range(first * step, min(end * step, rows), step):
-            count = min(step, rows - row)
-            part, tile = data[row * row_size : (row + count) * row_size], a
-            if unpack:
-                unpack(part, as_numbers[: count * columns])
-            elif count % ROWS:
-                a[: count * depth] = part.view(np.float32)
-            else:
-                tile = part.view(np.float32)
-            lows = (up, low_panel, rank // NUMBERS)
-            _multiply(tile, count, panel, depth, *lows, 0, vectors, added, result, row, rows)
-
-    in_threads(pack, padded // LANES, LANES * columns)
-    in_threads(work, -(-rows // step), step * columns)
+    (vectors, columns), (rows, row_size), threads = x.shape, blocks.shape, torch.get_num_threads()
+    padded, depth = -(-vectors // LANES) * LANES, columns // NUMBERS
+    up, down = factors or (None, None)
+    rank = 0 if factors is None else up.shape[1]
+    x, blocks, out = x.contiguous(), blocks.contiguous(), _room(vectors, rows)
+    bias = None if bias is None else bias.detach().float().contiguous()
+    panel, low, low_panel = (_room(padded * n) for n in (depth, rank, rank // NUMBERS))
+    unpack, grid = (0, _NONE) if qtype == UNPACKED else native_kernel(qtype, DTYPE)
+    share, groups = -(-rows // threads), padded // LANES
+    most = min(_MOST, _LARGEST // columns, share + _SLICE - 1)
+    some_rows = max(_SLICE, most // _SLICE * _SLICE)
+    told = _Told(
+        *(0 if t is None else t.data_ptr() for t in (x, blocks, bias, up, down, out)),
+        *(t.data_ptr() for t in (panel, low, low_panel)),
+        vectors=vectors,
+        padded=padded,
+        columns=columns,
+        depth=depth,
+        rows=rows,
+        row_size=row_size,
+        rank=rank,
+        unpack=unpack,
+        grid=grid.ctypes.data,
+        codes=len(grid),
+        streamed=streams(out),
+        some_vectors=LANES * max(1, min(_STEP // LANES, groups // threads)),
+        some_rows=some_rows,
+    )
+    told = np.array([told], _TOLD)
+    natively(_pack_vectors(), told.ctypes.data, groups, LANES * columns)
+    natively(_multiply_rows(), told.ctypes.data, -(-rows // some_rows), some_rows * columns)
     return out
 
 
 def _room(*shape: int) -> Tensor:
     """Of float32, beginning with a line of the cache."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _flat(factor: Tensor) -> np.ndarray:
-    """Its bytes as float32."""
-    return factor.view(torch.uint8).view(-1).numpy().view(np.float32)

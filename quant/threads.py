@@ -60,6 +60,20 @@ def in_threads(work: Callable[[int, int], Result], n: int, size: int) -> list[Re
     return results
 
 
+def natively(body: int, told: int, n: int, size: int) -> None:
+    """Run the C function at address `body` with the address `told` on as many threads as
+    `in_threads` takes for n things of `size` numbers. It shares them out itself, without Python.
+    """
+    threads = max(1, min(torch.get_num_threads(), n, n * size // _LEAST))
+    function = _BODY(body)
+    if threads == 1 or getattr(_ours, "working", False):
+        function(told)
+    elif (parallel := _openmp()) is not None:
+        parallel(function, told, threads, 0)
+    else:
+        list(_pool(torch.get_num_threads()).map(function, [told] * threads))
+
+
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """work(item) of each item, several at a time, the results in the items' order.
 

@@ -9,6 +9,8 @@ from fewstep.quant import (
     low_rank_factors,
     multiply_many,
 )
+from fewstep.quant import threads as threading
+from fewstep.quant.threads import in_order
 from fewstep.tests.quant.test_dequant import random_blocks
 from gguf import GGMLQuantizationType as T
 
@@ -119,3 +121,13 @@ def test_torchs_own_products_are_right_in_between():
             for w, y in zip(weights, wanted, strict=True)
         )
         assert torch.equal(product(made, 77), first)
+
+
+def test_without_openmp_and_from_a_thread_of_ours_it_is_the_same(monkeypatch):
+    made, bias = matrix(T.IQ3_S, 400, 512), normal(400, seed=1)
+    factors = low_rank_factors(normal(400, 4, seed=2), normal(4, 512, seed=3))
+    wanted = product(made, 77, bias, factors)
+    inside = next(in_order(lambda _: product(made, 77, bias, factors), [None]))
+    monkeypatch.setattr(threading, "_openmp", lambda: None)
+    assert torch.equal(product(made, 77, bias, factors), wanted)
+    assert torch.equal(inside, wanted)
