@@ -73,11 +73,12 @@ class _Told(NamedTuple):
     some_rows: int
     next_vectors: int = 0  # what a thread will `take`
     next_rows: int = 0
+    done: int = 0  # parts, of either
 
 
 _TOLD = np.dtype([(name, np.int64) for name in _Told._fields])
 _told_at = array_of(_TOLD)
-_VECTORS_TAKEN, _ROWS_TAKEN = (_TOLD.fields[f"next_{name}"][1] for name in ("vectors", "rows"))
+_VECTORS, _ROWS, _DONE = (_TOLD.fields[name][1] for name in ("next_vectors", "next_rows", "done"))
 
 
 @helper
@@ -144,18 +145,18 @@ def _pack_vectors(told):
     row, none = aligned(LANES * max(t.columns, t.rank) // NUMBERS), aligned(0)
     bias = np.zeros(t.rank, np.float32)
     while True:
-        first = take(told + _VECTORS_TAKEN) * t.some_vectors
+        first = take(told + _VECTORS) * t.some_vectors
         if first >= t.padded:
             return
         end = min(first + t.some_vectors, t.padded)
         pack_rows(x, 0, t.columns, t.vectors, first, end, t.columns, row, panel)
-        if not t.rank:
-            continue
-        last = min(end, t.vectors)
-        for r in range(0, t.rank, _MOST):
-            a, rows = down[r * t.depth :], min(_MOST, t.rank - r)
-            _multiply(a, rows, panel, t.depth, none, none, 0, first, last, bias, low, r, t.rank)
-        pack_rows(low, 0, t.rank, t.vectors, first, end, t.rank, row, low_panel)
+        if t.rank:
+            last = min(end, t.vectors)
+            for r in range(0, t.rank, _MOST):
+                a, rows = down[r * t.depth :], min(_MOST, t.rank - r)
+                _multiply(a, rows, panel, t.depth, none, none, 0, first, last, bias, low, r, t.rank)
+            pack_rows(low, 0, t.rank, t.vectors, first, end, t.rank, row, low_panel)
+        take(told + _DONE)
 
 
 @helper
@@ -165,7 +166,7 @@ def _multiply_tiles(told, t, out):
     up, room = floats_at(t.up, (t.rows + ROWS) * width), aligned(t.some_rows * t.depth)
     bias = floats_at(t.bias, t.rows) if t.bias else np.zeros(t.rows, np.float32)
     while True:
-        row = take(told + _ROWS_TAKEN) * t.some_rows
+        row = take(told + _ROWS) * t.some_rows
         if row >= t.rows:
             return
         rows, a = min(t.some_rows, t.rows - row), room
@@ -184,6 +185,7 @@ def _multiply_tiles(told, t, out):
         _multiply(
             a, rows, panel, t.depth, up, low_panel, width, 0, t.vectors, bias, out, row, t.rows
         )
+        take(told + _DONE)
 
 
 @native
@@ -225,6 +227,7 @@ def linear(
     share, groups = -(-rows // threads), padded // LANES
     most = min(_MOST, _LARGEST // columns, share + _SLICE - 1)
     some_rows = max(_SLICE, most // _SLICE * _SLICE)
+    some_vectors = LANES * max(1, min(_STEP // LANES, groups // threads))
     told = _Told(
         *(0 if t is None else t.data_ptr() for t in (x, blocks, bias, up, down, out)),
         *(t.data_ptr() for t in (panel, low, low_panel)),
@@ -239,12 +242,14 @@ def linear(
         grid=grid.ctypes.data,
         codes=len(grid),
         streamed=streams(out),
-        some_vectors=LANES * max(1, min(_STEP // LANES, groups // threads)),
+        some_vectors=some_vectors,
         some_rows=some_rows,
     )
-    told = np.array([told], _TOLD)
+    told, tiles = np.array([told], _TOLD), -(-rows // some_rows)
     natively(_pack_vectors(), told.ctypes.data, groups, LANES * columns)
-    natively(_multiply_rows(), told.ctypes.data, -(-rows // some_rows), some_rows * columns)
+    natively(_multiply_rows(), told.ctypes.data, tiles, some_rows * columns)
+    if told["done"] != -(-padded // some_vectors) + tiles:
+        raise MemoryError("there was none for the parts of a product: close other programs")
     return out
 
 

@@ -1,5 +1,7 @@
 """A quantised matrix times many vectors, LoRAs included, against float64."""
 
+import importlib
+
 import pytest
 import torch
 from fewstep.quant import (
@@ -131,3 +133,10 @@ def test_without_openmp_and_from_a_thread_of_ours_it_is_the_same(monkeypatch):
     monkeypatch.setattr(threading, "_openmp", lambda: None)
     assert torch.equal(product(made, 77, bias, factors), wanted)
     assert torch.equal(inside, wanted)
+
+
+def test_a_part_that_was_not_done_is_noticed(monkeypatch):
+    numba_linear = importlib.import_module("fewstep.quant.numba_linear")
+    monkeypatch.setattr(numba_linear, "_multiply_rows", numba_linear._pack_vectors)
+    with pytest.raises(MemoryError, match="close other programs"):
+        product(matrix(T.Q8_0, 96, 64), 1)
