@@ -3,35 +3,54 @@
 torch asks the C library for each result's memory and gives it back a moment later. What then lies
 free at the end of its heap, glibc returns to the system, which hands it out again page by page,
 each filled with zeros first: up to 150 000 in a step at 512 x 512, a tenth of its time, or none, as
-the heap happens to lie. So from a model's first sampling on a CPU until it is unloaded glibc keeps
-up to a gigabyte; then all that is free is returned at once. Other C libraries are left alone, and
+the heap happens to lie. So while a model samples on a CPU glibc keeps what is freed; after it a
+gigabyte at the most, until the model is unloaded or dropped. Other C libraries are left alone, and
 so is a process whose user told glibc what to keep.
 """
 
 import ctypes
 import os
+import re
 import sys
+import weakref
 from functools import cache
 
 import comfy.model_management as management
 from comfy.patcher_extension import CallbacksMP
 
 _MB = 2**20
+_MOST = 1024 * _MB  # bytes that are kept
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # parameters of mallopt(3)
 # From how many bytes on: what lies free at the end is returned; so is a part of a thread's heap
-# (there a gap, and more is taken at once); a result has memory of its own, and not of the heap.
-_KEEPING = {_TRIM: 1024 * _MB, _TOP_PAD: 64 * _MB, _MMAP: 1024 * _MB}
-# Where glibc's own rules end up once something large was freed.
+# (there a gap, and more is taken at once); a result has memory of its own, and not of the heap,
+# which large ones would leave full of gaps.
+_KEEPING = {_TRIM: _MOST, _TOP_PAD: 64 * _MB, _MMAP: 128 * _MB}
+# Where glibc's own rules end up once something large was freed; and so but for the heap's end.
 _USUAL = {_TRIM: 64 * _MB, _TOP_PAD: 128 * 1024, _MMAP: 32 * _MB}
+_RESTING = _USUAL | {_TRIM: _MOST}
+_TOLD = re.compile(r"malloc[._](trim_threshold|top_pad|mmap_threshold|mmap_max)", re.IGNORECASE)
+
+
+class _Info(ctypes.Structure):
+    """What mallinfo2(3) tells of all threads' heaps: ten sizes, of which the ninth is free."""
+
+    _fields_ = (
+        ("others", ctypes.c_size_t * 8),
+        ("free", ctypes.c_size_t),
+        ("end", ctypes.c_size_t),
+    )
 
 
 @cache
 def _glibc() -> ctypes.CDLL | None:
-    told = any(name.startswith("MALLOC_") for name in os.environ)
-    if sys.platform != "linux" or told or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+    told = [*os.environ, os.environ.get("GLIBC_TUNABLES", "")]
+    if sys.platform != "linux" or any(map(_TOLD.search, told)):
         return None
     library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") else None
+    if not hasattr(library, "gnu_get_libc_version") or not hasattr(library, "mallinfo2"):
+        return None
+    library.mallinfo2.restype = _Info
+    return library
 
 
 def _set(options: dict[int, int]) -> None:
@@ -41,11 +60,19 @@ def _set(options: dict[int, int]) -> None:
 
 
 def _keep(_patcher) -> None:
+    """Host's ON_PRE_RUN callback, before sampling."""
     _set(_KEEPING)
 
 
-def _return(_patcher, unpatch_all: bool) -> None:
-    """`unpatch_all` is False as a clone takes the weights over."""
+def _rest(_patcher) -> None:
+    """Host's ON_CLEANUP callback, after it."""
+    _set(_RESTING)
+    if _glibc().mallinfo2().free > _MOST:
+        _glibc().malloc_trim(0)
+
+
+def _return(_patcher=None, unpatch_all: bool = True) -> None:
+    """Host's ON_DETACH callback; `unpatch_all` is False as a clone takes the weights over."""
     if unpatch_all:
         _set(_USUAL)
         _glibc().malloc_trim(0)
@@ -55,4 +82,7 @@ def keep_freed_memory(patcher) -> None:
     """For a freshly loaded MODEL."""
     if management.is_device_cpu(patcher.load_device) and _glibc() is not None:
         patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, __name__, _keep)
+        patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, __name__, _rest)
         patcher.add_callback_with_key(CallbacksMP.ON_DETACH, __name__, _return)
+        # the host forgets a model that nobody holds any more without unloading it
+        weakref.finalize(patcher.model, _return).atexit = False

@@ -1,5 +1,8 @@
 """What is freed stays while a model samples on a CPU, and is returned when it is unloaded."""
 
+import gc
+
+import comfy.model_management
 import pytest
 import torch
 from fewstep.host import heap, loading
@@ -47,21 +50,42 @@ def test_a_clone_takes_it_over():
     heap._return(None, True)
 
 
-def test_sampling_keeps_and_unloading_returns(monkeypatch, tmp_path):
+def test_more_than_the_most_is_returned_after_sampling(monkeypatch):
+    heap._keep(None)
+    use_some(SETTLED)
+    kept = resident()
+    heap._rest(None)
+    assert resident() > kept - SIZE // 2
+    monkeypatch.setattr(heap, "_MOST", SIZE // 2)
+    heap._rest(None)
+    assert resident() <= kept - SIZE // 2
+    heap._return(None, True)
+
+
+@pytest.mark.parametrize("end", ["unloaded", "dropped"])
+def test_sampling_keeps_and_the_models_end_returns(monkeypatch, tmp_path, end):
     toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
     model, told = loading.load_diffusion_model(str(tmp_path / "m.gguf")), []
+    gc.collect()  # other tests' models
     monkeypatch.setattr(heap, "_set", told.append)
     sample(model)
-    assert told == [heap._KEEPING]
-    model.detach()
-    assert told == [heap._KEEPING, heap._USUAL]
+    assert told == [heap._KEEPING, heap._RESTING]
+    if end == "unloaded":
+        model.detach()
+    else:
+        del model
+        comfy.model_management.cleanup_models_gc()
+        gc.collect()
+    assert told[2:] == [heap._USUAL]
 
 
 @pytest.mark.parametrize(
     ("name", "value", "ours"),
     [
         ("MALLOC_TRIM_THRESHOLD_", "1", False),
-        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=1", False),
+        ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=1", False),
+        ("GLIBC_TUNABLES", "glibc.malloc.arena_max=1", True),
+        ("MALLOC_ARENA_MAX", "1", True),
         ("GLIBC_TUNABLES", "glibc.cpu.x86_shstk=on", True),
     ],
 )
