@@ -18,6 +18,7 @@ as that node does, for all text encoders.) `--fp32-vae` does for a VAE.
 """
 
 import logging
+import weakref
 from functools import cache
 
 import comfy.model_management
@@ -191,11 +192,11 @@ def by_kernel(q, k, v, heads, skip_reshape=False, skip_output_reshape=False, **o
 
 class _Pointwise:
     """Mixin for a network's module without products: by our kernel, where there is one for what it
-    is given. `gguf_model` is the BaseModel that it is part of.
+    is given. `gguf_model` refers weakly to the BaseModel that it is part of.
     """
 
     def forward(self, input):
-        plain = torch.compiler.is_compiling() or asks_float32(self.gguf_model)
+        plain = torch.compiler.is_compiling() or asks_float32(self.gguf_model())
         made = None if plain else self.by_kernel(input)
         return super().forward(input) if made is None else made
 
@@ -223,7 +224,7 @@ def normalize(norm: torch.nn.Module, input: torch.Tensor) -> torch.Tensor | None
 
 def asks_float32(model) -> bool:
     """Whether the node ModelComputeDtype told the BaseModel what to compute in."""
-    patcher = model.current_patcher
+    patcher = None if model is None else model.current_patcher
     return patcher is not None and patcher.force_cast_weights
 
 
@@ -238,4 +239,4 @@ def use_fast_kernels(patcher) -> None:
     for module in patcher.model.diffusion_model.modules():
         if type(module) in _POINTWISE:
             module.__class__ = _POINTWISE[type(module)]  # as torch's parametrizations do
-            object.__setattr__(module, "gguf_model", patcher.model)  # not a part of the module
+            module.gguf_model = weakref.ref(patcher.model)

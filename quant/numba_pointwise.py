@@ -84,7 +84,8 @@ def _by_rows(function, x: Tensor, *told) -> Tensor:
     more, width = 4 - x.dim(), x.shape[-1]
     rows, steps = (1,) * more + tuple(x.shape[:-1]), (0,) * more + x.stride()[:-1]
     reach = sum((n - 1) * step for n, step in zip(rows, steps, strict=True)) + width
-    flat, out = x.detach().as_strided((reach,), (1,)).numpy(), torch.empty(x.shape)
+    flat = x.detach().as_strided((reach,), (1,)).numpy()
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     target = writable(out)
 
     def work(first: int, end: int) -> None:

@@ -19,6 +19,10 @@ def threads(request, monkeypatch):
     torch.set_num_threads(before)
 
 
+class Marked(torch.Tensor):
+    """Of a type of its own."""
+
+
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -70,7 +74,8 @@ def test_half_a_weight_will_do():
 def test_others_are_left_to_torch(monkeypatch):
     x, weight = normal(4, 64), normal(64, seed=1)
     others = [x.double(), x.to("meta"), normal(4, 60), normal(64), normal(1, 1, 1, 4, 64)]
-    others += [normal(64, 4).T, normal(4, 64).requires_grad_()]
+    others += [normal(64, 4).T, normal(4, 64).requires_grad_(), torch._neg_view(normal(4, 64))]
+    others += [normal(4, 64).to_sparse(), normal(4, 64).as_subclass(Marked), normal(0, 64)]
     for other in others:
         assert gelu(other) is None
         assert rms_norm(other, None, 1e-6) is None
@@ -80,6 +85,19 @@ def test_others_are_left_to_torch(monkeypatch):
         assert rms_norm(x, weight, 1e-6) is not None
     monkeypatch.setattr(pointwise, "_LEAST", x.numel() + 1)
     assert gelu(x) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_torchs_default_type_and_device_do_not_matter(dtype):
+    x, weight = normal(4, 64), normal(64, seed=1)
+    wanted = gelu(x), rms_norm(x, weight, 1e-6), rms_norm(x, None, 1e-6)
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            got = gelu(x), rms_norm(x, weight, 1e-6), rms_norm(x, None, 1e-6)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, wanted))
 
 
 def test_powers_err_as_float32s_do():
