@@ -54,6 +54,7 @@ def test_more_than_the_most_is_returned_after_sampling(monkeypatch):
     heap._keep(None)
     use_some(SETTLED)
     kept = resident()
+    monkeypatch.setattr(heap, "_MOST", 2**60)  # other tests' gaps count as well
     heap._rest(None)
     assert resident() > kept - SIZE // 2
     monkeypatch.setattr(heap, "_MOST", SIZE // 2)
