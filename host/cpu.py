@@ -22,7 +22,6 @@ import weakref
 from functools import cache
 
 import comfy.model_management
-import comfy.ops
 import torch
 from comfy.cli_args import args
 from comfy.ldm.modules.attention import attention_pytorch

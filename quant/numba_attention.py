@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .numba_jit import AMX, ZERO, f4, jit
-from .numba_memory import aligned, load, store
-from .numba_pointwise import power_of_2, sum_of_lanes
+from .numba_memory import aligned, load, store, sum_of_lanes
+from .numba_pointwise import power_of_2
 from .numba_tile import COLUMNS, ROWS, hold, interleave, make_tile, pack, pack_rows, release
 from .numba_vector import LANES, biggest_lane, helper, select, splat
 from .threads import in_threads

@@ -8,6 +8,7 @@ product is fused with a sum. Numbers of 32 bits are cast as such, or numba would
 import hashlib
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numba
@@ -61,12 +62,15 @@ def named(function: Callable) -> Callable:
 
 def jit(function: Callable) -> Callable:
     """Compile when first called, and keep the code until one of the kernels' files changes."""
-    function = named(function)
-    options = {"error_model": "numpy", "nogil": True}
+    return kept(partial(numba.njit, nogil=True), named(function))
+
+
+def kept(compiler: Callable, function: Callable) -> Callable:
+    """What numba's `compiler` makes of a `named` function, kept if there is where to."""
     try:
-        return numba.njit(cache=True, **options)(function)
+        return compiler(cache=True, error_model="numpy")(function)
     except RuntimeError:  # no folder for the cache can be written to: compile in each process
-        return numba.njit(**options)(function)
+        return compiler(error_model="numpy")(function)
 
 
 @jit

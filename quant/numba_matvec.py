@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .numba_dequant import kernel
 from .numba_jit import ZERO, jit
-from .numba_memory import load, store
+from .numba_memory import load, sum_of_lanes
 from .numba_vector import splat
 from .threads import in_threads
 
@@ -35,11 +35,7 @@ def _dots(tile, x, out):
                 b += load(row, i + 16) * load(vector, i + 16)
                 c += load(row, i + 32) * load(vector, i + 32)
                 d += load(row, i + 48) * load(vector, i + 48)
-            store(lanes, 0, (a + b) + (c + d))
-            total = ZERO
-            for lane in lanes:
-                total += lane
-            out[r, v] = total
+            out[r, v] = sum_of_lanes((a + b) + (c + d), lanes)
 
 
 def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:

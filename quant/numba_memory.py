@@ -9,6 +9,7 @@ from numba import types
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
+from .numba_jit import ZERO
 from .numba_vector import BYTES, FLOATS, INTS, LANES, LOWERED, helper, shuffle
 
 
@@ -106,6 +107,16 @@ def _(context, builder, sig, args):
         builder.store(row, pointer(context, builder, sig.args[3], out, to, vector), align=4)
         to = builder.add(to, ir.Constant(to.type, LANES))
     return context.get_dummy_value()
+
+
+@helper
+def sum_of_lanes(v, lanes):
+    """In their order; `lanes` is room for them."""
+    store(lanes, 0, v)
+    total = ZERO
+    for lane in lanes:
+        total += lane
+    return total
 
 
 @helper

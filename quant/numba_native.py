@@ -6,7 +6,7 @@ addresses, and they take its parts from a counter until none is left.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from llvmlite import ir
@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
 
-from .numba_jit import named
+from .numba_jit import kept, named
 from .numba_vector import helper
 
 _LONG = ir.IntType(64)
@@ -24,15 +24,7 @@ _LONG = ir.IntType(64)
 def native(function: Callable) -> Callable[[], int]:
     """Decorator of function(address): gives the address of its compiled code, when first asked."""
     function = named(function)
-
-    @cache
-    def compiled():
-        options = {"error_model": "numpy"}
-        try:
-            return cfunc(types.void(types.int64), cache=True, **options)(function)
-        except RuntimeError:  # see `numba_jit.jit`
-            return cfunc(types.void(types.int64), **options)(function)
-
+    compiled = cache(lambda: kept(partial(cfunc, types.void(types.int64)), function))
     return lambda: compiled().address
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .numba_bytes import put
 from .numba_dequant import writable
 from .numba_jit import ONE, ZERO, f4, jit
-from .numba_memory import aligned, load, store
+from .numba_memory import aligned, load, sum_of_lanes
 from .numba_vector import LANES, bits_of, fused, helper, moved, select, splat
 from .threads import in_threads
 
@@ -34,15 +34,6 @@ def power_of_2(t):
     v = fused(v, f, f4(0.693146978))
     v = fused(v, f, ONE)
     return moved(v, bits_of(whole))
-
-
-@helper
-def sum_of_lanes(v, lanes):
-    store(lanes, 0, v)
-    total = ZERO
-    for lane in lanes:
-        total += lane
-    return total
 
 
 @helper

@@ -38,8 +38,8 @@ def in_threads(work: Callable[[int, int], Result], n: int, size: int) -> list[Re
     As many parts as torch has threads, none of them empty; one within `in_order`. What `work` calls
     should let go of the GIL. Raises: what the first part that failed raised.
     """
-    threads = max(1, min(torch.get_num_threads(), n, n * size // _LEAST))
-    if threads == 1 or getattr(_ours, "working", False):
+    threads = _worth(n, size)
+    if threads == 1:
         return [work(0, n)]
     bounds = [n * i // threads for i in range(threads + 1)]
     parts, results, errors = iter(list(enumerate(pairwise(bounds)))), [None] * threads, []
@@ -51,10 +51,7 @@ def in_threads(work: Callable[[int, int], Result], n: int, size: int) -> list[Re
         except BaseException as error:  # noqa: BLE001  C would lose it
             errors.append(error)
 
-    if (parallel := _openmp()) is not None:
-        parallel(_BODY(take_parts), None, threads, 0)
-    else:
-        list(_pool(torch.get_num_threads()).map(take_parts, range(threads)))
+    _run(_BODY(take_parts), None, threads)
     if errors:
         raise errors[0]
     return results
@@ -64,14 +61,26 @@ def natively(body: int, told: int, n: int, size: int) -> None:
     """Run the C function at address `body` with the address `told` on as many threads as
     `in_threads` takes for n things of `size` numbers. It shares them out itself, without Python.
     """
-    threads = max(1, min(torch.get_num_threads(), n, n * size // _LEAST))
-    function = _BODY(body)
-    if threads == 1 or getattr(_ours, "working", False):
+    threads, function = _worth(n, size), _BODY(body)
+    if threads == 1:
         function(told)
-    elif (parallel := _openmp()) is not None:
-        parallel(function, told, threads, 0)
     else:
-        list(_pool(torch.get_num_threads()).map(function, [told] * threads))
+        _run(function, told, threads)
+
+
+def _worth(n: int, size: int) -> int:
+    """How many threads n things of `size` numbers are worth."""
+    if getattr(_ours, "working", False):
+        return 1
+    return max(1, min(torch.get_num_threads(), n, n * size // _LEAST))
+
+
+def _run(body: Callable, told: int | None, threads: int) -> None:
+    """body(told), a _BODY, on so many threads at once; OpenMP may give fewer."""
+    if (parallel := _openmp()) is not None:
+        parallel(body, told, threads, 0)
+    else:
+        list(_pool(torch.get_num_threads()).map(body, [told] * threads))
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -5,6 +5,7 @@ import gc
 import comfy.model_management
 import pytest
 import torch
+from fewstep.bench.worker import anonymous_bytes
 from fewstep.host import heap, loading
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_loading import sample
@@ -22,11 +23,6 @@ def faults(run) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
-def resident() -> int:
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
 def use_some(times=1):
     for _ in range(times):
         torch.ones(SIZE // 4)
@@ -36,10 +32,10 @@ def test_memory_is_used_again_and_returned():
     heap._keep(None)
     use_some(SETTLED)
     again = faults(use_some)
-    kept = resident()
+    kept = anonymous_bytes()
     heap._return(None, True)
     assert again < SIZE // PAGE // 10
-    assert resident() <= kept - SIZE // 2
+    assert anonymous_bytes() <= kept - SIZE // 2
 
 
 def test_a_clone_takes_it_over():
@@ -53,13 +49,13 @@ def test_a_clone_takes_it_over():
 def test_more_than_the_most_is_returned_after_sampling(monkeypatch):
     heap._keep(None)
     use_some(SETTLED)
-    kept = resident()
+    kept = anonymous_bytes()
     monkeypatch.setattr(heap, "_MOST", 2**60)  # other tests' gaps count as well
     heap._rest(None)
-    assert resident() > kept - SIZE // 2
+    assert anonymous_bytes() > kept - SIZE // 2
     monkeypatch.setattr(heap, "_MOST", SIZE // 2)
     heap._rest(None)
-    assert resident() <= kept - SIZE // 2
+    assert anonymous_bytes() <= kept - SIZE // 2
     heap._return(None, True)
 
 
