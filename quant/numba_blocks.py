@@ -12,6 +12,7 @@ from gguf.quants import IQ4_NL, MXFP4
 
 from .microscaling import e8m0_half, ue4m3_half
 from .numba_bytes import (
+    block,
     half,
     join,
     lanes_of,
@@ -39,7 +40,7 @@ _uneven, _e2m1 = look_up(IQ4_NL.kvalues), look_up(MXFP4.kvalues)
 @jit
 def q8_0(data, out):
     for b in range(len(out) // 32):
-        at, to = 34 * b, 32 * b
+        at, to = block(data, b, 34, 32)
         d = half(data, at)
         put(out, to, floats(load_signed(data, at + 2)) * d)
         put(out, to + 16, floats(load_signed(data, at + 18)) * d)
@@ -48,7 +49,7 @@ def q8_0(data, out):
 @jit
 def q4_0(data, out):
     for b in range(len(out) // 32):
-        at, to = 18 * b, 32 * b
+        at, to = block(data, b, 18, 32)
         d, q = half(data, at), load_bytes(data, at + 2)
         put(out, to, floats((q & 15) - 8) * d)
         put(out, to + 16, floats((q >> 4) - 8) * d)
@@ -57,7 +58,7 @@ def q4_0(data, out):
 @jit
 def q4_1(data, out):
     for b in range(len(out) // 32):
-        at, to = 20 * b, 32 * b
+        at, to = block(data, b, 20, 32)
         d, m, q = half(data, at), half(data, at + 2), load_bytes(data, at + 4)
         put(out, to, floats(q & 15) * d + m)
         put(out, to + 16, floats(q >> 4) * d + m)
@@ -66,7 +67,7 @@ def q4_1(data, out):
 @jit
 def q5_0(data, out):
     for b in range(len(out) // 32):
-        at, to = 22 * b, 32 * b
+        at, to = block(data, b, 22, 32)
         d, qh, q = half(data, at), word(data, at + 2), load_bytes(data, at + 6)
         put(out, to, floats((q & 15) + select(lanes_of(qh), 0, -16)) * d)
         put(out, to + 16, floats((q >> 4) + select(lanes_of(qh >> 16), 0, -16)) * d)
@@ -75,7 +76,7 @@ def q5_0(data, out):
 @jit
 def q5_1(data, out):
     for b in range(len(out) // 32):
-        at, to = 24 * b, 32 * b
+        at, to = block(data, b, 24, 32)
         d, m, qh, q = (
             half(data, at),
             half(data, at + 2),
@@ -89,7 +90,7 @@ def q5_1(data, out):
 @jit
 def iq4_nl(data, out):
     for b in range(len(out) // 32):
-        at, to = 18 * b, 32 * b
+        at, to = block(data, b, 18, 32)
         d, q = half(data, at), load_bytes(data, at + 2)
         put(out, to, floats(_uneven(q & 15)) * d)
         put(out, to + 16, floats(_uneven(q >> 4)) * d)
@@ -98,7 +99,7 @@ def iq4_nl(data, out):
 @jit
 def mxfp4(data, out):
     for b in range(len(out) // 32):
-        at, to = 17 * b, 32 * b
+        at, to = block(data, b, 17, 32)
         d, q = _E8M0[data[at]], load_bytes(data, at + 1)
         put_subnormal(out, to, floats(_e2m1(q & 15)) * d)
         put_subnormal(out, to + 16, floats(_e2m1(q >> 4)) * d)
@@ -107,7 +108,7 @@ def mxfp4(data, out):
 @jit
 def nvfp4(data, out):
     for b in range(len(out) // 64):
-        at, to = 36 * b, 64 * b
+        at, to = block(data, b, 36, 64)
         for part in range(4):
             q = long(data, at + 4 + 8 * part)
             q = join(q & _EIGHT_NIBBLES, (q >> 4) & _EIGHT_NIBBLES)
@@ -118,7 +119,7 @@ def nvfp4(data, out):
 def q2_k(data, out):
     dl, ml = np.empty(16, np.float32), np.empty(16, np.float32)
     for b in range(len(out) // 256):
-        at, to = 84 * b, 256 * b
+        at, to = block(data, b, 84, 256)
         sc = load_bytes(data, at)
         put(dl, 0, floats(sc & 15) * half(data, at + 80))
         put(ml, 0, floats(sc >> 4) * half(data, at + 82))
@@ -135,7 +136,7 @@ def q2_k(data, out):
 def q3_k(data, out):
     dl = np.empty(16, np.float32)
     for b in range(len(out) // 256):
-        at, to = 110 * b, 256 * b
+        at, to = block(data, b, 110, 256)
         low, high = long(data, at + 96), word(data, at + 104)
         first = (high & _PAIRS) | (high >> 2 & _PAIRS) << 32
         second = (high >> 4 & _PAIRS) | (high >> 6 & _PAIRS) << 32
@@ -168,7 +169,7 @@ def _scales_and_minima(data, at, both):
 def q4_k(data, out):
     s = np.empty(16, np.float32)
     for b in range(len(out) // 256):
-        at, to = 144 * b, 256 * b
+        at, to = block(data, b, 144, 256)
         _scales_and_minima(data, at, s)
         for j in range(4):
             for i in range(0, 32, 16):
@@ -188,7 +189,7 @@ def _fives(q, h, j, s, out, to):
 def q5_k(data, out):
     s = np.empty(16, np.float32)
     for b in range(len(out) // 256):
-        at, to = 176 * b, 256 * b
+        at, to = block(data, b, 176, 256)
         _scales_and_minima(data, at, s)
         h, after = load_bytes(data, at + 16), load_bytes(data, at + 32)
         for j in range(4):
@@ -201,7 +202,7 @@ def q5_k(data, out):
 def q6_k(data, out):
     dl = np.empty(16, np.float32)
     for b in range(len(out) // 256):
-        at, to = 210 * b, 256 * b
+        at, to = block(data, b, 210, 256)
         put(dl, 0, floats(load_signed(data, at + 192)) * half(data, at + 208))
         for j in range(2):
             ql, qh = at + 64 * j, at + 128 + 32 * j
@@ -221,7 +222,7 @@ def q6_k(data, out):
 @jit
 def iq4_xs(data, out):
     for b in range(len(out) // 256):
-        at, to = 136 * b, 256 * b
+        at, to = block(data, b, 136, 256)
         d, high, low = half(data, at), short(data, at + 2), word(data, at + 4)
         for j in range(8):
             dl = d * f4((low >> 4 * j & 15 | (high >> 2 * j & 3) << 4) - 32)
@@ -246,7 +247,7 @@ def _even(signs):
 @jit
 def iq2_xxs(data, out, grid):
     for b in range(len(out) // 256):
-        at, to = 66 * b, 256 * b
+        at, to = block(data, b, 66, 256)
         d = half(data, at)
         for j in range(8):
             qs, aux = at + 2 + 8 * j, word(data, at + 6 + 8 * j)
@@ -258,7 +259,7 @@ def iq2_xxs(data, out, grid):
 @jit
 def iq2_xs(data, out, grid):
     for b in range(len(out) // 256):
-        at, to = 74 * b, 256 * b
+        at, to = block(data, b, 74, 256)
         d, scales = half(data, at), long(data, at + 66)
         for j in range(16):
             q = word(data, at + 2 + 4 * j)
@@ -270,7 +271,7 @@ def iq2_xs(data, out, grid):
 @jit
 def iq2_s(data, out, grid):
     for b in range(len(out) // 256):
-        at, to = 82 * b, 256 * b
+        at, to = block(data, b, 82, 256)
         d, high, scales = half(data, at), long(data, at + 66), long(data, at + 74)
         for j in range(16):
             dl = d * (f4(scales >> 4 * j & 15) + f4(0.5)) * f4(0.25)
@@ -283,7 +284,7 @@ def iq2_s(data, out, grid):
 @jit
 def iq3_xxs(data, out, grid):
     for b in range(len(out) // 256):
-        at, to = 98 * b, 256 * b
+        at, to = block(data, b, 98, 256)
         d = half(data, at)
         for j in range(8):
             aux = word(data, at + 66 + 4 * j)
@@ -298,7 +299,7 @@ def iq3_xxs(data, out, grid):
 @jit
 def iq3_s(data, out, grid):
     for b in range(len(out) // 256):
-        at, to = 110 * b, 256 * b
+        at, to = block(data, b, 110, 256)
         d, high, scales = half(data, at), long(data, at + 66), word(data, at + 106)
         for j in range(16):
             dl = d * (f4(1) + f4(2) * f4(scales >> 4 * (j // 2) & 15))
@@ -311,7 +312,7 @@ def iq3_s(data, out, grid):
 @jit
 def iq1_s(data, out, grid):
     for b in range(len(out) // 256):
-        at, to = 50 * b, 256 * b
+        at, to = block(data, b, 50, 256)
         d = half(data, at) * f4(0.125)
         for j in range(8):
             h = short(data, at + 34 + 2 * j)
@@ -326,7 +327,7 @@ def iq1_s(data, out, grid):
 @jit
 def iq1_m(data, out, grid):
     for b in range(len(out) // 256):
-        at, to = 56 * b, 256 * b
+        at, to = block(data, b, 56, 256)
         scales = long(data, at + 48)
         # the upper nibbles of four words make d
         d = half_value(
@@ -342,7 +343,7 @@ def iq1_m(data, out, grid):
 @jit
 def tq2_0(data, out):
     for b in range(len(out) // 256):
-        at, to = 66 * b, 256 * b
+        at, to = block(data, b, 66, 256)
         d = half(data, at + 64)
         for j in range(2):
             q, r = load_bytes(data, at + 32 * j), load_bytes(data, at + 32 * j + 16)
@@ -362,7 +363,7 @@ def _trit(q, power):
 def tq1_0(data, out):
     tail = np.empty(16, np.uint8)
     for b in range(len(out) // 256):
-        at, to = 54 * b, 256 * b
+        at, to = block(data, b, 54, 256)
         d = half(data, at + 52)
         for j in range(3):
             q, p = load_bytes(data, at + 16 * j), to + 16 * j + (j // 2) * 128

@@ -25,11 +25,13 @@ from .numba_vector import (
     call,
     constant,
     define,
+    helper,
     spread,
 )
 
 _SHORT, _LONG = ir.IntType(16), ir.IntType(64)
 _SHORTS, _HALF = ir.VectorType(_SHORT, LANES), ir.HalfType()
+_AHEAD, _LINE = 2048, 64  # bytes: how far ahead of a block is fetched; and a line of the cache
 
 
 def half(array, at):
@@ -106,6 +108,33 @@ def _(context):
 @lower_builtin(lanes_of, types.int64)
 def _(context, builder, sig, args):
     return builder.bitcast(builder.trunc(args[0], _SHORT), LOWERED[MASK])
+
+
+def prefetch(array, at):
+    """Have the cache line of byte `at` of uint8 fetched; past the end it is no error."""
+
+
+@type_callable(prefetch)
+def _(context):
+    return lambda array, at: signature(types.none, array, types.intp)
+
+
+@lower_builtin(prefetch, types.Array, types.intp)
+def _(context, builder, sig, args):
+    place = pointer(context, builder, sig.args[0], *args, ir.IntType(8))
+    to_read, nearest, data = (ir.Constant(WORD, n) for n in (0, 3, 1))
+    call(builder, "llvm.prefetch.p0i8", ir.VoidType(), place, to_read, nearest, data)
+    return context.get_dummy_value()
+
+
+@helper
+def block(data, b, size, weights):
+    """Where block b of `size` bytes begins, and where its weights go. The processor fetches ahead
+    by itself, but not past the end of a page of memory; so what comes next is fetched here.
+    """
+    for line in range(0, size, _LINE):
+        prefetch(data, size * b + _AHEAD + line)
+    return size * b, weights * b
 
 
 def look_up(values: Sequence[int]) -> Callable:
