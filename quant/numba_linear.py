@@ -16,17 +16,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .numba_bytes import put
-from .numba_dequant import native_kernel, streams
+from .numba_dequant import native_kernel, streams, unpack_by
 from .numba_jit import jit
 from .numba_memory import aligned, load, transpose
 from .numba_native import (
     array_of,
     bytes_at,
-    call,
-    call_with,
     floats_at,
     ints_at,
-    longs_at,
     native,
     shorts_at,
     take,
@@ -39,6 +36,7 @@ from .types import PLAIN_QTYPES
 LowRank = tuple[Tensor, Tensor]
 
 UNPACKED = PLAIN_QTYPES[DTYPE]  # of a matrix as it is multiplied
+_KIND = torch.uint16 if NUMBERS == 2 else torch.float32  # of an unpacked tile, see `put`
 _STEP = 4 * LANES  # vectors that meet a tile at once
 _SLICE, _MOST = lcm(ROWS, LANES), 384  # rows: so many of a tile, at the least and the most
 _LARGEST = 2**19 * NUMBERS  # weights of a tile: 2 MiB
@@ -65,7 +63,7 @@ class _Told(NamedTuple):
     rows: int
     row_size: int  # in bytes
     rank: int
-    unpack: int  # code for `call`, 0 if the matrix is UNPACKED
+    unpack: int  # code for `unpack_by`, 0 if the matrix is UNPACKED
     grid: int  # the codebook
     codes: int  # rows of that
     streamed: int  # whether `out` is to be written past the cache
@@ -174,10 +172,7 @@ def _multiply_tiles(told, t, out):
         if t.unpack:
             part, weights = bytes_at(data, rows * t.row_size), room.ctypes.data
             tile = shorts_at(weights, 2 * numbers) if NUMBERS == 2 else floats_at(weights, numbers)
-            if t.codes:
-                call_with(t.unpack, part, tile, longs_at(t.grid, t.codes))
-            else:
-                call(t.unpack, part, tile)
+            unpack_by(t.unpack, t.grid, t.codes, part, tile)
         elif rows % ROWS:
             room[:numbers] = floats_at(data, numbers)
         else:
@@ -223,7 +218,7 @@ def linear(
     x, blocks, out = x.contiguous(), blocks.contiguous(), _room(vectors, rows)
     bias = None if bias is None else bias.detach().float().contiguous()
     panel, low, low_panel = (_room(padded * n) for n in (depth, rank, rank // NUMBERS))
-    unpack, grid = (0, _NONE) if qtype == UNPACKED else native_kernel(qtype, DTYPE)
+    unpack, grid = (0, _NONE) if qtype == UNPACKED else native_kernel(qtype, _KIND)
     share, groups = -(-rows // threads), padded // LANES
     most = min(_MOST, _LARGEST // columns, share + _SLICE - 1)
     some_rows = max(_SLICE, most // _SLICE * _SLICE)

@@ -1,41 +1,81 @@
 """A quantised matrix times a few vectors on CPUs, without ever writing the matrix out.
 
 With few vectors a product costs less than moving the unpacked weights to memory and back. Here a
-tile of rows is unpacked by `numba_dequant`'s kernels and multiplied while it is in cache, all in
-float32. A sum runs in 64 lanes, whatever the machine, so results do not depend on it.
+tile of rows is unpacked by `numba_blocks.py` and multiplied while it is in cache, all in float32. A
+sum runs in 64 lanes, whatever the machine, so results do not depend on it.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
-from .numba_dequant import kernel
-from .numba_jit import ZERO, jit
-from .numba_memory import load, sum_of_lanes
-from .numba_vector import splat
-from .threads import in_threads
+from .numba_dequant import native_kernel, unpack_by
+from .numba_jit import ZERO
+from .numba_memory import aligned, load, sum_of_lanes
+from .numba_native import array_of, bytes_at, floats_at, native, take
+from .numba_vector import helper, splat
+from .threads import natively
 
 MOST = 4  # vectors; with more of them a product by torch wins
 LANES = 64  # of a sum, so columns must be whole sixty-fours
-_TILE = 2**19  # weights in a tile: each of its calls waits for the GIL, which costs more than cache
+_TILE = 2**15  # weights: 128 KiB
 
 
-@jit
-def _dots(tile, x, out):
-    """out (rows, vectors) = tile (rows, columns) times x (vectors, columns), all float32."""
-    lanes, columns = np.empty(16, np.float32), x.shape[1]
-    for r in range(len(tile)):
-        for v in range(len(x)):
-            row, vector = tile[r], x[v]
-            a = b = c = d = splat(ZERO)
-            for i in range(0, columns, LANES):
-                a += load(row, i) * load(vector, i)
-                b += load(row, i + 16) * load(vector, i + 16)
-                c += load(row, i + 32) * load(vector, i + 32)
-                d += load(row, i + 48) * load(vector, i + 48)
-            out[r, v] = sum_of_lanes((a + b) + (c + d), lanes)
+class _Told(NamedTuple):
+    """What the threads are told, see `matvec`; names of tensors are addresses."""
+
+    x: int
+    blocks: int
+    out: int
+    vectors: int
+    columns: int
+    rows: int
+    row_size: int  # in bytes
+    unpack: int  # code for `unpack_by`
+    grid: int
+    codes: int
+    some: int  # rows that are unpacked at a time
+    next: int = 0  # what a thread will `take`
+    done: int = 0  # parts
+
+
+_TOLD = np.dtype([(name, np.int64) for name in _Told._fields])
+_told_at = array_of(_TOLD)
+_NEXT, _DONE = (_TOLD.fields[name][1] for name in ("next", "done"))
+
+
+@helper
+def _dot(a, at, b, start, n, lanes):
+    """The sum of a[at + i] * b[start + i], i < n."""
+    p = q = r = s = splat(ZERO)
+    for i in range(0, n, LANES):
+        p += load(a, at + i) * load(b, start + i)
+        q += load(a, at + i + 16) * load(b, start + i + 16)
+        r += load(a, at + i + 32) * load(b, start + i + 32)
+        s += load(a, at + i + 48) * load(b, start + i + 48)
+    return sum_of_lanes((p + q) + (r + s), lanes)
+
+
+@native
+def _multiply_rows(told):
+    t = _told_at(told, 1)[0]
+    x, out = floats_at(t.x, t.vectors * t.columns), floats_at(t.out, t.vectors * t.rows)
+    room, lanes = aligned(t.some * t.columns), aligned(16)
+    while True:
+        first = take(told + _NEXT) * t.some
+        if first >= t.rows:
+            return
+        end = min(first + t.some, t.rows)
+        data = bytes_at(t.blocks + first * t.row_size, (end - first) * t.row_size)
+        unpack_by(t.unpack, t.grid, t.codes, data, room[: (end - first) * t.columns])
+        for row in range(first, end):
+            for v in range(t.vectors):
+                at = (row - first) * t.columns
+                out[v * t.rows + row] = _dot(room, at, x, v * t.columns, t.columns, lanes)
+        take(told + _DONE)
 
 
 def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
@@ -43,21 +83,24 @@ def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
 
     blocks: (rows, bytes of a row) uint8 of a type in `numba_dequant.COMPILED`, on the CPU.
     """
-    block_size, type_size = GGML_QUANT_SIZES[qtype]
-    rows, columns = len(blocks), x.shape[1]
-    row_size = columns // block_size * type_size
-    unpack, data = kernel(qtype), blocks.contiguous().view(-1).numpy()
-    vectors = x.contiguous().numpy()
-    out = np.empty((rows, len(x)), np.float32)
-    step = min(max(1, _TILE // columns), rows)
-
-    def work(first: int, end: int) -> None:
-        tile = np.empty((step, columns), np.float32)
-        for start in range(first, end, step):
-            stop = min(start + step, end)
-            part = tile[: stop - start]
-            unpack(data[start * row_size : stop * row_size], part.reshape(-1))
-            _dots(part, vectors, out[start:stop])
-
-    in_threads(work, rows, columns)
-    return torch.from_numpy(out).T.contiguous()
+    (vectors, columns), (rows, row_size) = x.shape, blocks.shape
+    x, blocks = x.contiguous(), blocks.contiguous()
+    out = torch.empty(vectors, rows, dtype=torch.float32, device="cpu")
+    unpack, grid = native_kernel(qtype, torch.float32)
+    some = max(1, _TILE // columns)
+    told = _Told(
+        *(t.data_ptr() for t in (x, blocks, out)),
+        vectors=vectors,
+        columns=columns,
+        rows=rows,
+        row_size=row_size,
+        unpack=unpack,
+        grid=grid.ctypes.data,
+        codes=len(grid),
+        some=some,
+    )
+    told, tiles = np.array([told], _TOLD), -(-rows // some)
+    natively(_multiply_rows(), told.ctypes.data, tiles, some * columns)
+    if told["done"] != tiles:
+        raise MemoryError("there was none for the parts of a product: close other programs")
+    return out
