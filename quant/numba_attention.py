@@ -8,6 +8,7 @@ and probabilities are each rounded once, all sums are in float32.
 """
 
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from .numba_jit import AMX, ZERO, f4, jit
 from .numba_memory import aligned, load, store, sum_of_lanes
+from .numba_native import floats_at, in_parts, reader_of
 from .numba_pointwise import power_of_2
 from .numba_tile import COLUMNS, ROWS, hold, interleave, make_tile, pack, pack_rows, release
 from .numba_vector import LANES, biggest_lane, helper, select, splat
-from .threads import in_threads
 
 _STEP = COLUMNS * LANES  # keys, or numbers of a value, of a tile
 _LOG2_E = 1.4426950408889634
@@ -59,16 +60,38 @@ def _pack_values(v, at, step, keys, padded, width, panel):
             store(panel, (i * padded + key * LANES) // 2, interleave(low, high))
 
 
+class _Told(NamedTuple):
+    """What the threads are told, see `attend`; names of tensors are addresses."""
+
+    q: int
+    k: int
+    v: int
+    out: int
+    pictures: int
+    rows: int
+    keys: int
+    heads: int
+    width: int
+
+
+_told = reader_of(_Told)
+
+
 @jit
-def _attend(q, k, v, out, first, end, heads, rows, keys, width, scale):
-    """Heads first … end of all pictures' heads; arrays (pictures, tokens, heads, width), flat."""
+def _attend(told, first, end):
+    """Heads first … end of all pictures' heads."""
+    t = _told(told)
+    rows, keys, heads, width = t.rows, t.keys, t.heads, t.width
+    numbers = t.pictures * heads * width
+    q, out = floats_at(t.q, numbers * rows), floats_at(t.out, numbers * rows)
+    k, v = floats_at(t.k, numbers * keys), floats_at(t.v, numbers * keys)
     padded, pairs, step = -(-keys // _STEP) * _STEP, width // 2, heads * width
     key_panel, value_panel = aligned(padded * pairs), aligned(padded * pairs)
     row, o = aligned(LANES * pairs), aligned(ROWS * width)
     a, s, p = aligned(ROWS * pairs), aligned(ROWS * padded), aligned(ROWS * padded // 2)
     a[:], p[:] = ZERO, ZERO
     share, lanes = aligned(ROWS), aligned(LANES)
-    factor, held = f4(scale * _LOG2_E), hold()
+    factor, held = f4(_LOG2_E / np.sqrt(width)), hold()
     for head in range(first, end):
         at = (head // heads * keys * heads + head % heads) * width
         pack_rows(k, at, step, keys, 0, padded, width, row, key_panel)
@@ -101,10 +124,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     pictures, rows, heads, width = q.shape
     out, keys = torch.empty_like(q), k.shape[1]
-    arrays = [t.detach().view(-1).numpy() for t in (q, k, v, out)]
-
-    def work(first: int, end: int) -> None:
-        _attend(*arrays, first, end, heads, rows, keys, width, width**-0.5)
-
-    in_threads(work, pictures * heads, rows * keys)
+    told = _Told(*(t.data_ptr() for t in (q, k, v, out)), pictures, rows, keys, heads, width)
+    in_parts(_attend, told, pictures * heads, 1, rows * keys)
     return out

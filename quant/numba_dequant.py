@@ -16,21 +16,21 @@ from numba import types
 from torch import Tensor
 
 from . import numba_blocks, tables
+from .numba_jit import jit
 from .numba_native import (
     address_of,
-    array_of,
     bytes_at,
     call,
     call_with,
     floats_at,
+    halves_at,
+    in_parts,
     ints_at,
     longs_at,
-    native,
+    reader_of,
     shorts_at,
-    take,
 )
 from .numba_vector import helper
-from .threads import natively
 from .types import QTYPES
 
 # The types that `numba_blocks` has a kernel for, and the tables of those that look up a codebook.
@@ -68,14 +68,9 @@ class _Told(NamedTuple):
     unpack: int  # code for `unpack_by`
     grid: int
     codes: int
-    some: int  # blocks that are unpacked at a time
-    next: int = 0  # what a thread will `take`
-    done: int = 0  # parts
 
 
-_TOLD = np.dtype([(name, np.int64) for name in _Told._fields])
-_told_at, _halves_at = array_of(_TOLD), array_of(np.int16)
-_NEXT, _DONE = (_TOLD.fields[name][1] for name in ("next", "done"))
+_told = reader_of(_Told)
 
 
 @cache
@@ -106,37 +101,24 @@ def streams(out: Tensor) -> bool:
     return out.nbytes >= STREAMED and not out.data_ptr() % 64
 
 
-def writable(out: Tensor) -> np.ndarray:
-    """`out` (contiguous, of one of DTYPES) as `numba_bytes.put` takes it, flat."""
-    kept, streamed = _BITS[out.dtype]
-    return out.view(streamed if streams(out) else kept).view(-1).numpy()
-
-
 @helper
-def _unpack_parts(told, t, out):
-    while True:
-        first = take(told + _NEXT) * t.some
-        if first >= t.blocks:
-            return
-        blocks = min(t.some, t.blocks - first)
-        data = bytes_at(t.data + first * t.type_size, blocks * t.type_size)
-        weights = out[first * t.block_size : (first + blocks) * t.block_size]
-        unpack_by(t.unpack, t.grid, t.codes, data, weights)
-        take(told + _DONE)
+def _unpack_into(t, first, end, out):
+    data = bytes_at(t.data + first * t.type_size, (end - first) * t.type_size)
+    unpack_by(t.unpack, t.grid, t.codes, data, out[first * t.block_size : end * t.block_size])
 
 
-@native
-def _unpack(told):
-    t = _told_at(told, 1)[0]
+@jit
+def _unpack(told, first, end):
+    t = _told(told)
     weights = t.blocks * t.block_size
     if t.kind == 0:
-        _unpack_parts(told, t, floats_at(t.out, weights))
+        _unpack_into(t, first, end, floats_at(t.out, weights))
     elif t.kind == 1:
-        _unpack_parts(told, t, shorts_at(t.out, weights))
+        _unpack_into(t, first, end, shorts_at(t.out, weights))
     elif t.kind == 2:
-        _unpack_parts(told, t, ints_at(t.out, weights))
+        _unpack_into(t, first, end, ints_at(t.out, weights))
     else:
-        _unpack_parts(told, t, _halves_at(t.out, weights))
+        _unpack_into(t, first, end, halves_at(t.out, weights))
 
 
 def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
@@ -144,7 +126,6 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     (block_size, type_size), n = GGML_QUANT_SIZES[qtype], len(blocks)
     blocks, kind = blocks.contiguous(), _BITS[out.dtype][streams(out)]
     code, grid = native_kernel(qtype, kind)
-    some = max(1, _PART // block_size)
     told = _Told(
         blocks.data_ptr(),
         out.data_ptr(),
@@ -155,9 +136,5 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
         code,
         grid.ctypes.data,
         len(grid),
-        some,
     )
-    told = np.array([told], _TOLD)
-    natively(_unpack(), told.ctypes.data, n, block_size)
-    if told["done"] != -(-n // some):
-        raise MemoryError("there was none to unpack a tensor with: close other programs")
+    in_parts(_unpack, told, n, max(1, _PART // block_size), block_size)

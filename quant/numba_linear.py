@@ -19,18 +19,9 @@ from .numba_bytes import put
 from .numba_dequant import native_kernel, streams, unpack_by
 from .numba_jit import jit
 from .numba_memory import aligned, load, transpose
-from .numba_native import (
-    array_of,
-    bytes_at,
-    floats_at,
-    ints_at,
-    native,
-    shorts_at,
-    take,
-)
+from .numba_native import bytes_at, floats_at, in_parts, ints_at, reader_of, shorts_at
 from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, add_tile, hold, pack_rows, release
 from .numba_vector import LANES, helper
-from .threads import natively
 from .types import PLAIN_QTYPES
 
 LowRank = tuple[Tensor, Tensor]
@@ -67,16 +58,9 @@ class _Told(NamedTuple):
     grid: int  # the codebook
     codes: int  # rows of that
     streamed: int  # whether `out` is to be written past the cache
-    some_vectors: int  # so many are packed, and so many rows multiplied, at a time
-    some_rows: int
-    next_vectors: int = 0  # what a thread will `take`
-    next_rows: int = 0
-    done: int = 0  # parts, of either
 
 
-_TOLD = np.dtype([(name, np.int64) for name in _Told._fields])
-_told_at = array_of(_TOLD)
-_VECTORS, _ROWS, _DONE = (_TOLD.fields[name][1] for name in ("next_vectors", "next_rows", "done"))
+_told = reader_of(_Told)
 
 
 @helper
@@ -134,62 +118,47 @@ def _panels(t):
     return floats_at(t.panel, t.padded * t.depth), floats_at(t.low_panel, size)
 
 
-@native
-def _pack_vectors(told):
-    """Fills the panels, some vectors at a time."""
-    t = _told_at(told, 1)[0]
+@jit
+def _pack_vectors(told, first, end):
+    """Fills the panels for sixteens of vectors."""
+    t, first, end = _told(told), first * LANES, end * LANES
     (panel, low_panel), x = _panels(t), floats_at(t.x, t.vectors * t.columns)
     down, low = floats_at(t.down, (t.rank + ROWS) * t.depth), floats_at(t.low, t.padded * t.rank)
     row, none = aligned(LANES * max(t.columns, t.rank) // NUMBERS), aligned(0)
-    bias = np.zeros(t.rank, np.float32)
-    while True:
-        first = take(told + _VECTORS) * t.some_vectors
-        if first >= t.padded:
-            return
-        end = min(first + t.some_vectors, t.padded)
-        pack_rows(x, 0, t.columns, t.vectors, first, end, t.columns, row, panel)
-        if t.rank:
-            last = min(end, t.vectors)
-            for r in range(0, t.rank, _MOST):
-                a, rows = down[r * t.depth :], min(_MOST, t.rank - r)
-                _multiply(a, rows, panel, t.depth, none, none, 0, first, last, bias, low, r, t.rank)
-            pack_rows(low, 0, t.rank, t.vectors, first, end, t.rank, row, low_panel)
-        take(told + _DONE)
+    pack_rows(x, 0, t.columns, t.vectors, first, end, t.columns, row, panel)
+    if t.rank:
+        bias, last = np.zeros(t.rank, np.float32), min(end, t.vectors)
+        for r in range(0, t.rank, _MOST):
+            a, rows = down[r * t.depth :], min(_MOST, t.rank - r)
+            _multiply(a, rows, panel, t.depth, none, none, 0, first, last, bias, low, r, t.rank)
+        pack_rows(low, 0, t.rank, t.vectors, first, end, t.rank, row, low_panel)
 
 
 @helper
-def _multiply_tiles(told, t, out):
-    """Unpacks and multiplies some rows at a time."""
+def _multiply_tile(t, row, rows, out):
+    """Unpacks and multiplies some rows."""
     (panel, low_panel), width = _panels(t), t.rank // NUMBERS
-    up, room = floats_at(t.up, (t.rows + ROWS) * width), aligned(t.some_rows * t.depth)
+    up, a = floats_at(t.up, (t.rows + ROWS) * width), aligned(-(-rows // ROWS) * ROWS * t.depth)
     bias = floats_at(t.bias, t.rows) if t.bias else np.zeros(t.rows, np.float32)
-    while True:
-        row = take(told + _ROWS) * t.some_rows
-        if row >= t.rows:
-            return
-        rows, a = min(t.some_rows, t.rows - row), room
-        data, numbers = t.blocks + row * t.row_size, rows * t.depth
-        if t.unpack:
-            part, weights = bytes_at(data, rows * t.row_size), room.ctypes.data
-            tile = shorts_at(weights, 2 * numbers) if NUMBERS == 2 else floats_at(weights, numbers)
-            unpack_by(t.unpack, t.grid, t.codes, part, tile)
-        elif rows % ROWS:
-            room[:numbers] = floats_at(data, numbers)
-        else:
-            a = floats_at(data, numbers)
-        _multiply(
-            a, rows, panel, t.depth, up, low_panel, width, 0, t.vectors, bias, out, row, t.rows
-        )
-        take(told + _DONE)
-
-
-@native
-def _multiply_rows(told):
-    t = _told_at(told, 1)[0]
-    if t.streamed:
-        _multiply_tiles(told, t, ints_at(t.out, t.vectors * t.rows))
+    data, numbers = t.blocks + row * t.row_size, rows * t.depth
+    if t.unpack:
+        part, weights = bytes_at(data, rows * t.row_size), a.ctypes.data
+        tile = shorts_at(weights, 2 * numbers) if NUMBERS == 2 else floats_at(weights, numbers)
+        unpack_by(t.unpack, t.grid, t.codes, part, tile)
+    elif rows % ROWS:
+        a[:numbers] = floats_at(data, numbers)
     else:
-        _multiply_tiles(told, t, floats_at(t.out, t.vectors * t.rows))
+        a = floats_at(data, numbers)
+    _multiply(a, rows, panel, t.depth, up, low_panel, width, 0, t.vectors, bias, out, row, t.rows)
+
+
+@jit
+def _multiply_rows(told, first, end):
+    t = _told(told)
+    if t.streamed:
+        _multiply_tile(t, first, end - first, ints_at(t.out, t.vectors * t.rows))
+    else:
+        _multiply_tile(t, first, end - first, floats_at(t.out, t.vectors * t.rows))
 
 
 def low_rank(up: Tensor, down: Tensor) -> LowRank:
@@ -222,7 +191,7 @@ def linear(
     share, groups = -(-rows // threads), padded // LANES
     most = min(_MOST, _LARGEST // columns, share + _SLICE - 1)
     some_rows = max(_SLICE, most // _SLICE * _SLICE)
-    some_vectors = LANES * max(1, min(_STEP // LANES, groups // threads))
+    some_groups = max(1, min(_STEP // LANES, groups // threads))
     told = _Told(
         *(0 if t is None else t.data_ptr() for t in (x, blocks, bias, up, down, out)),
         *(t.data_ptr() for t in (panel, low, low_panel)),
@@ -237,14 +206,9 @@ def linear(
         grid=grid.ctypes.data,
         codes=len(grid),
         streamed=streams(out),
-        some_vectors=some_vectors,
-        some_rows=some_rows,
     )
-    told, tiles = np.array([told], _TOLD), -(-rows // some_rows)
-    natively(_pack_vectors(), told.ctypes.data, groups, LANES * columns)
-    natively(_multiply_rows(), told.ctypes.data, tiles, some_rows * columns)
-    if told["done"] != -(-padded // some_vectors) + tiles:
-        raise MemoryError("there was none for the parts of a product: close other programs")
+    in_parts(_pack_vectors, told, groups, some_groups, LANES * columns)
+    in_parts(_multiply_rows, told, rows, some_rows, columns)
     return out
 
 

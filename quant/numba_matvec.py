@@ -7,17 +7,15 @@ sum runs in 64 lanes, whatever the machine, so results do not depend on it.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType as T
 from torch import Tensor
 
 from .numba_dequant import native_kernel, unpack_by
-from .numba_jit import ZERO
+from .numba_jit import ZERO, jit
 from .numba_memory import aligned, load, sum_of_lanes
-from .numba_native import array_of, bytes_at, floats_at, native, take
+from .numba_native import bytes_at, floats_at, in_parts, reader_of
 from .numba_vector import helper, splat
-from .threads import natively
 
 MOST = 4  # vectors; with more of them a product by torch wins
 LANES = 64  # of a sum, so columns must be whole sixty-fours
@@ -37,14 +35,9 @@ class _Told(NamedTuple):
     unpack: int  # code for `unpack_by`
     grid: int
     codes: int
-    some: int  # rows that are unpacked at a time
-    next: int = 0  # what a thread will `take`
-    done: int = 0  # parts
 
 
-_TOLD = np.dtype([(name, np.int64) for name in _Told._fields])
-_told_at = array_of(_TOLD)
-_NEXT, _DONE = (_TOLD.fields[name][1] for name in ("next", "done"))
+_told = reader_of(_Told)
 
 
 @helper
@@ -59,23 +52,18 @@ def _dot(a, at, b, start, n, lanes):
     return sum_of_lanes((p + q) + (r + s), lanes)
 
 
-@native
-def _multiply_rows(told):
-    t = _told_at(told, 1)[0]
+@jit
+def _multiply(told, first, end):
+    """Rows `first` to `end` of the matrix."""
+    t = _told(told)
     x, out = floats_at(t.x, t.vectors * t.columns), floats_at(t.out, t.vectors * t.rows)
-    room, lanes = aligned(t.some * t.columns), aligned(16)
-    while True:
-        first = take(told + _NEXT) * t.some
-        if first >= t.rows:
-            return
-        end = min(first + t.some, t.rows)
-        data = bytes_at(t.blocks + first * t.row_size, (end - first) * t.row_size)
-        unpack_by(t.unpack, t.grid, t.codes, data, room[: (end - first) * t.columns])
-        for row in range(first, end):
-            for v in range(t.vectors):
-                at = (row - first) * t.columns
-                out[v * t.rows + row] = _dot(room, at, x, v * t.columns, t.columns, lanes)
-        take(told + _DONE)
+    tile, lanes = aligned((end - first) * t.columns), aligned(16)
+    data = bytes_at(t.blocks + first * t.row_size, (end - first) * t.row_size)
+    unpack_by(t.unpack, t.grid, t.codes, data, tile)
+    for row in range(first, end):
+        for v in range(t.vectors):
+            at = (row - first) * t.columns
+            out[v * t.rows + row] = _dot(tile, at, x, v * t.columns, t.columns, lanes)
 
 
 def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
@@ -87,7 +75,6 @@ def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
     x, blocks = x.contiguous(), blocks.contiguous()
     out = torch.empty(vectors, rows, dtype=torch.float32, device="cpu")
     unpack, grid = native_kernel(qtype, torch.float32)
-    some = max(1, _TILE // columns)
     told = _Told(
         *(t.data_ptr() for t in (x, blocks, out)),
         vectors=vectors,
@@ -97,10 +84,6 @@ def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
         unpack=unpack,
         grid=grid.ctypes.data,
         codes=len(grid),
-        some=some,
     )
-    told, tiles = np.array([told], _TOLD), -(-rows // some)
-    natively(_multiply_rows(), told.ctypes.data, tiles, some * columns)
-    if told["done"] != tiles:
-        raise MemoryError("there was none for the parts of a product: close other programs")
+    in_parts(_multiply, told, rows, max(1, _TILE // columns), columns)
     return out

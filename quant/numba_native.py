@@ -7,6 +7,7 @@ addresses, and they take its parts from a counter until none is left.
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -17,15 +18,9 @@ from numba.extending import lower_builtin, type_callable
 
 from .numba_jit import kept, named
 from .numba_vector import helper
+from .threads import natively
 
-_LONG = ir.IntType(64)
-
-
-def native(function: Callable) -> Callable[[], int]:
-    """Decorator of function(address): gives the address of its compiled code, when first asked."""
-    function = named(function)
-    compiled = cache(lambda: kept(partial(cfunc, types.void(types.int64)), function))
-    return lambda: compiled().address
+_LONG, _WORK = ir.IntType(64), (types.int64,) * 3
 
 
 def address_of(function: Callable, *kinds: types.Type) -> int:
@@ -43,7 +38,11 @@ def call_with(address, data, out, table):
     """The same, of three."""
 
 
-def take(counter):
+def _call_work(address, told, first, end):
+    """The same, of three int64. -> whether it raised nothing."""
+
+
+def _take(counter):
     """What stands at that address, an int64; and add one to it, so that no other thread has it."""
 
 
@@ -51,11 +50,15 @@ def _pointer(address):
     """An address as a pointer."""
 
 
-def _calls(context, builder, sig, args):
+def _called(context, builder, sig, args):
     kinds = sig.args[1:]
     code = context.call_conv.get_function_type(types.none, kinds).as_pointer()
     function = builder.inttoptr(args[0], code)
-    context.call_conv.call_function(builder, function, types.none, kinds, args[1:])
+    return context.call_conv.call_function(builder, function, types.none, kinds, args[1:])[0]
+
+
+def _calls(context, builder, sig, args):
+    _called(context, builder, sig, args)
     return context.get_dummy_value()
 
 
@@ -73,12 +76,22 @@ lower_builtin(call, types.int64, types.Array, types.Array)(_calls)
 lower_builtin(call_with, types.int64, types.Array, types.Array, types.Array)(_calls)
 
 
-@type_callable(take)
+@type_callable(_call_work)
+def _(context):
+    return lambda address, told, first, end: signature(types.boolean, types.int64, *_WORK)
+
+
+@lower_builtin(_call_work, types.int64, *_WORK)
+def _(context, builder, sig, args):
+    return _called(context, builder, sig, args).is_ok
+
+
+@type_callable(_take)
 def _(context):
     return lambda counter: signature(types.int64, types.int64)
 
 
-@lower_builtin(take, types.int64)
+@lower_builtin(_take, types.int64)
 def _(context, builder, sig, args):
     place = builder.inttoptr(args[0], _LONG.as_pointer())
     return builder.atomic_rmw("add", place, ir.Constant(_LONG, 1), "monotonic")
@@ -105,4 +118,68 @@ def array_of(dtype) -> Callable:
 
 
 floats_at, ints_at, longs_at = (array_of(t) for t in (np.float32, np.int32, np.int64))
-shorts_at, bytes_at = (array_of(t) for t in (np.uint16, np.uint8))
+shorts_at, halves_at, bytes_at = (array_of(t) for t in (np.uint16, np.int16, np.uint8))
+
+
+def _record(kind: type[NamedTuple]) -> np.dtype:
+    numbers = {int: np.int64, float: np.float64}
+    return np.dtype([(name, numbers[n]) for name, n in kind.__annotations__.items()])
+
+
+def reader_of(kind: type[NamedTuple]) -> Callable:
+    """A function for kernels: what `in_parts` was told, of that kind, from its address."""
+    told_at = array_of(_record(kind))
+
+    @helper
+    def read(address):
+        return told_at(address, 1)[0]
+
+    return read
+
+
+class _Parts(NamedTuple):
+    work: int  # code for `_call_work`
+    told: int
+    n: int
+    some: int
+    next: int = 0
+    done: int = 0
+
+
+_read, _PARTS = reader_of(_Parts), _record(_Parts)
+_NEXT, _DONE = (_PARTS.fields[name][1] for name in ("next", "done"))
+
+
+def _take_parts(parts):
+    t = _read(parts)
+    while True:
+        first = _take(parts + _NEXT) * t.some
+        if first >= t.n:
+            return
+        if _call_work(t.work, t.told, first, min(first + t.some, t.n)):
+            _take(parts + _DONE)
+
+
+@cache
+def _taking() -> Callable:
+    return kept(partial(cfunc, types.void(types.int64)), named(_take_parts))
+
+
+@cache
+def _code_of(work: Callable) -> int:
+    return address_of(work, *_WORK)
+
+
+def in_parts(work: Callable, told: NamedTuple, n: int, some: int, size: int) -> None:
+    """work(address of `told`, first, end) for 0 … n, things of `size` numbers each, `some` of them
+    at a time, on as many threads as they are worth.
+
+    work: jitted; reads its arguments, of int and float, by `reader_of` their kind.
+    Raises: MemoryError if there was none for a part; it can raise nothing else.
+    """
+    record = np.array([told], _record(type(told)))
+    parts = _Parts(_code_of(work), record.ctypes.data, n, some)
+    parts = np.array([parts], _PARTS)
+    natively(_taking().address, parts.ctypes.data, n, size)
+    if parts["done"] != -(-n // some):
+        raise MemoryError("there was none for the parts of a computation: close other programs")
