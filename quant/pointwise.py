@@ -9,7 +9,7 @@ from torch.nn import Parameter
 
 from .kernels import find_kernels
 
-_LEAST = 2**18  # numbers that are worth a kernel
+_LEAST = 2**16  # numbers that are worth a kernel
 _LANES = 16
 
 
