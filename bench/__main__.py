@@ -227,7 +227,8 @@ def lora_turn(worker: Side, pixels: int, clock: str) -> dict[str, float]:
     times = {}
     for count in LORA_COUNTS:
         worker(do="loras", count=count)
-        worker(do="step", pixels=pixels)  # the host loads patches
+        for _ in range(2):  # the host loads patches, then memory settles
+            worker(do="step", pixels=pixels)
         times[str(count)] = worker(do="step", pixels=pixels)[clock]
     return times
 

@@ -9,11 +9,13 @@ so is a process whose user told glibc what to keep.
 """
 
 import ctypes
+import mmap
 import os
 import re
 import sys
 import weakref
 from functools import cache
+from pathlib import Path
 
 import comfy.model_management as management
 from comfy.patcher_extension import CallbacksMP
@@ -31,14 +33,14 @@ _RESTING = _USUAL | {_TRIM: _MOST}
 _TOLD = re.compile(r"malloc[._](trim_threshold|top_pad|mmap_threshold|mmap_max)", re.IGNORECASE)
 
 
-class _Info(ctypes.Structure):
-    """What mallinfo2(3) tells of all threads' heaps: ten sizes, of which the ninth is free."""
+_INFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd")
+_INFO += ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
-    _fields_ = (
-        ("others", ctypes.c_size_t * 8),
-        ("free", ctypes.c_size_t),
-        ("end", ctypes.c_size_t),
-    )
+
+class _Info(ctypes.Structure):
+    """What mallinfo2(3) tells of all threads' heaps."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _INFO)
 
 
 @cache
@@ -59,21 +61,39 @@ def _set(options: dict[int, int]) -> None:
             _glibc().mallopt(option, _USUAL[option])
 
 
+def _unused() -> int:
+    """Bytes of the process's memory that nobody took from glibc: what is free in its heaps, but not
+    if it was returned, as glibc's own count of that has it; and, a constant, what is no heap's.
+    """
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    info = _glibc().mallinfo2()
+    anonymous = (int(resident) - int(shared)) * mmap.PAGESIZE
+    return anonymous - info.uordblks - info.hblkhd
+
+
+_before = 0  # of `_unused`, when keeping began
+
+
 def _keep(_patcher) -> None:
     """Host's ON_PRE_RUN callback, before sampling."""
+    global _before
+    if not _before:
+        _before = _unused()
     _set(_KEEPING)
 
 
 def _rest(_patcher) -> None:
     """Host's ON_CLEANUP callback, after it."""
     _set(_RESTING)
-    if _glibc().mallinfo2().free > _MOST:
+    if _unused() - _before > _MOST:
         _glibc().malloc_trim(0)
 
 
 def _return(_patcher=None, unpatch_all: bool = True) -> None:
     """Host's ON_DETACH callback; `unpatch_all` is False as a clone takes the weights over."""
+    global _before
     if unpatch_all:
+        _before = 0
         _set(_USUAL)
         _glibc().malloc_trim(0)
 

@@ -50,13 +50,27 @@ def test_more_than_the_most_is_returned_after_sampling(monkeypatch):
     heap._keep(None)
     use_some(SETTLED)
     kept = anonymous_bytes()
-    monkeypatch.setattr(heap, "_MOST", 2**60)  # other tests' gaps count as well
+    monkeypatch.setattr(heap, "_MOST", 2**60)
     heap._rest(None)
     assert anonymous_bytes() > kept - SIZE // 2
     monkeypatch.setattr(heap, "_MOST", SIZE // 2)
     heap._rest(None)
     assert anonymous_bytes() <= kept - SIZE // 2
     heap._return(None, True)
+
+
+def test_what_was_returned_does_not_count_as_kept(monkeypatch):
+    heap._keep(None)
+    use_some(SETTLED)
+    gap = torch.ones(SIZE // 4)
+    above = torch.ones(2**16)  # so that the gap is not the heap's end
+    del gap
+    monkeypatch.setattr(heap, "_MOST", SIZE // 2)
+    heap._rest(None)
+    assert heap._glibc().mallinfo2().fordblks > SIZE // 2
+    assert heap._unused() - heap._before < SIZE // 2
+    heap._return(None, True)
+    assert above.all()
 
 
 @pytest.mark.parametrize("end", ["unloaded", "dropped"])
