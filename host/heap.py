@@ -12,7 +12,6 @@ import ctypes
 import mmap
 import os
 import re
-import sys
 import weakref
 from functools import cache
 from pathlib import Path
@@ -30,9 +29,8 @@ _KEEPING = {_TRIM: _MOST, _TOP_PAD: 64 * _MB, _MMAP: 128 * _MB}
 # Where glibc's own rules end up once something large was freed; and so but for the heap's end.
 _USUAL = {_TRIM: 64 * _MB, _TOP_PAD: 128 * 1024, _MMAP: 32 * _MB}
 _RESTING = _USUAL | {_TRIM: _MOST}
+_SIZES = Path("/proc/self/statm")
 _TOLD = re.compile(r"malloc[._](trim_threshold|top_pad|mmap_threshold|mmap_max)", re.IGNORECASE)
-
-
 _INFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd")
 _INFO += ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
 
@@ -46,7 +44,7 @@ class _Info(ctypes.Structure):
 @cache
 def _glibc() -> ctypes.CDLL | None:
     told = [*os.environ, os.environ.get("GLIBC_TUNABLES", "")]
-    if sys.platform != "linux" or any(map(_TOLD.search, told)):
+    if not _SIZES.exists() or any(map(_TOLD.search, told)):
         return None
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version") or not hasattr(library, "mallinfo2"):
@@ -65,7 +63,7 @@ def _unused() -> int:
     """Bytes of the process's memory that nobody took from glibc: what is free in its heaps, but not
     if it was returned, as glibc's own count of that has it; and, a constant, what is no heap's.
     """
-    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    _, resident, shared, *_ = _SIZES.read_text().split()
     info = _glibc().mallinfo2()
     anonymous = (int(resident) - int(shared)) * mmap.PAGESIZE
     return anonymous - info.uordblks - info.hblkhd

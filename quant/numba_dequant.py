@@ -51,7 +51,7 @@ _KINDS = {  # what `numba_bytes.put` takes
     torch.int32: types.int32,
     torch.int16: types.int16,
 }
-_PART = 2**18  # weights that a thread unpacks at a time
+_PART = 2**18  # weights that a thread unpacks at a time, at the most
 STREAMED = 2**22  # bytes, from which on the cache would not keep what is written
 FAILURES = ()  # what `unpack` may raise where it cannot do its work at all
 
@@ -137,4 +137,5 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
         grid.ctypes.data,
         len(grid),
     )
-    in_parts(_unpack, told, n, max(1, _PART // block_size), block_size)
+    share = -(-n // torch.get_num_threads())
+    in_parts(_unpack, told, n, max(1, min(_PART // block_size, share)), block_size)
