@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .numba_jit import AMX, ZERO, f4, jit
 from .numba_memory import aligned, load, store, sum_of_lanes
-from .numba_native import floats_at, in_parts, reader_of
+from .numba_native import address, floats_at, in_parts, reader_of
 from .numba_pointwise import power_of_2
 from .numba_tile import COLUMNS, ROWS, hold, interleave, make_tile, pack, pack_rows, release
 from .numba_vector import LANES, biggest_lane, helper, select, splat
@@ -124,6 +124,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     pictures, rows, heads, width = q.shape
     out, keys = torch.empty_like(q), k.shape[1]
-    told = _Told(*(t.data_ptr() for t in (q, k, v, out)), pictures, rows, keys, heads, width)
+    places = (address(t.detach(), torch.float32) for t in (q, k, v, out))
+    told = _Told(*places, pictures, rows, keys, heads, width)
     in_parts(_attend, told, pictures * heads, 1, rows * keys)
     return out

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import numba_blocks, tables
 from .numba_jit import jit
 from .numba_native import (
+    address,
     address_of,
     bytes_at,
     call,
@@ -127,7 +128,7 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     blocks, kind = blocks.contiguous(), _BITS[out.dtype][streams(out)]
     code, grid = native_kernel(qtype, kind)
     told = _Told(
-        blocks.data_ptr(),
+        address(blocks, torch.uint8),
         out.data_ptr(),
         list(_KINDS).index(kind),
         n,

@@ -14,7 +14,7 @@ from torch import Tensor
 from .numba_dequant import native_kernel, unpack_by
 from .numba_jit import ZERO, jit
 from .numba_memory import aligned, load, sum_of_lanes
-from .numba_native import bytes_at, floats_at, in_parts, reader_of
+from .numba_native import address, bytes_at, floats_at, in_parts, reader_of
 from .numba_vector import helper, splat
 
 MOST = 4  # vectors; with more of them a product by torch wins
@@ -76,7 +76,9 @@ def matvec(blocks: Tensor, qtype: T, x: Tensor) -> Tensor:
     out = torch.empty(vectors, rows, dtype=torch.float32, device="cpu")
     unpack, grid = native_kernel(qtype, torch.float32)
     told = _Told(
-        *(t.data_ptr() for t in (x, blocks, out)),
+        address(x, torch.float32),
+        address(blocks, torch.uint8),
+        out.data_ptr(),
         vectors=vectors,
         columns=columns,
         rows=rows,

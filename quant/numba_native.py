@@ -10,11 +10,13 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import carray, cfunc, types
 from numba.core import cgutils
 from numba.core.typing import signature
 from numba.extending import lower_builtin, type_callable
+from torch import Tensor
 
 from .numba_jit import kept, named
 from .numba_vector import helper
@@ -168,6 +170,15 @@ def _taking() -> Callable:
 @cache
 def _code_of(work: Callable) -> int:
     return address_of(work, *_WORK)
+
+
+def address(tensor: Tensor, dtype: torch.dtype) -> int:
+    """Where a tensor's numbers lie. Raises: TypeError for another type; RuntimeError where they do
+    not lie as they seem (subclasses, negative views, no memory) or a gradient is asked for.
+    """
+    if tensor.dtype != dtype:
+        raise TypeError(f"the kernel takes {dtype}, not {tensor.dtype}")
+    return tensor.numpy().ctypes.data
 
 
 def in_parts(work: Callable, told: NamedTuple, n: int, some: int, size: int) -> None:

@@ -12,7 +12,7 @@ from .numba_bytes import put
 from .numba_dequant import streams
 from .numba_jit import ONE, ZERO, f4, jit
 from .numba_memory import aligned, load, sum_of_lanes
-from .numba_native import floats_at, in_parts, ints_at, reader_of
+from .numba_native import address, floats_at, in_parts, ints_at, reader_of
 from .numba_vector import LANES, bits_of, fused, helper, moved, select, splat
 
 _LEAST, _MOST = f4(-125.0), f4(125.0)  # exponents
@@ -119,10 +119,10 @@ def _by_rows(work, x: Tensor, weight: Tensor | None = None, eps: float = 0.0) ->
     rows, steps = (1,) * more + tuple(x.shape[:-1]), (0,) * more + x.stride()[:-1]
     out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     told = _Told(
-        x.data_ptr(),
+        address(x.detach(), torch.float32),
         out.data_ptr(),
         streams(out),
-        0 if weight is None else weight.data_ptr(),
+        0 if weight is None else address(weight.detach(), torch.float32),
         eps,
         sum((n - 1) * step for n, step in zip(rows, steps, strict=True)) + width,
         x.numel(),
