@@ -63,7 +63,10 @@ def _unused() -> int:
     """Bytes of the process's memory that nobody took from glibc: what is free in its heaps, but not
     if it was returned, as glibc's own count of that has it; and, a constant, what is no heap's.
     """
-    _, resident, shared, *_ = _SIZES.read_text().split()
+    try:
+        _, resident, shared, *_ = _SIZES.read_text().split()
+    except (OSError, ValueError):  # as where no more files may be open: sampling goes on
+        return 0
     info = _glibc().mallinfo2()
     anonymous = (int(resident) - int(shared)) * mmap.PAGESIZE
     return anonymous - info.uordblks - info.hblkhd

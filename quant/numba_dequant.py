@@ -90,9 +90,11 @@ def native_kernel(qtype: T, kind: torch.dtype) -> tuple[int, np.ndarray]:
 def unpack_by(code, grid, codes, data, out):
     """Kernels' call of a `native_kernel`; `grid` is the address of `codes` rows."""
     if codes:
-        call_with(code, data, out, longs_at(grid, codes))
+        done = call_with(code, data, out, longs_at(grid, codes))
     else:
-        call(code, data, out)
+        done = call(code, data, out)
+    if not done:
+        raise MemoryError
 
 
 def streams(out: Tensor) -> bool:
@@ -129,7 +131,7 @@ def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     code, grid = native_kernel(qtype, kind)
     told = _Told(
         address(blocks, torch.uint8),
-        out.data_ptr(),
+        address(out.detach().view(kind), kind),
         list(_KINDS).index(kind),
         n,
         block_size,

@@ -33,7 +33,7 @@ def address_of(function: Callable, *kinds: types.Type) -> int:
 
 
 def call(address, data, out):
-    """Call what `address_of` found: a function of two arrays that returns nothing."""
+    """Call what `address_of` found: a function of two arrays. -> whether it raised nothing."""
 
 
 def call_with(address, data, out, table):
@@ -41,7 +41,7 @@ def call_with(address, data, out, table):
 
 
 def _call_work(address, told, first, end):
-    """The same, of three int64. -> whether it raised nothing."""
+    """The same, of three int64."""
 
 
 def _take(counter):
@@ -52,40 +52,32 @@ def _pointer(address):
     """An address as a pointer."""
 
 
-def _called(context, builder, sig, args):
+def _calls(context, builder, sig, args):
     kinds = sig.args[1:]
     code = context.call_conv.get_function_type(types.none, kinds).as_pointer()
     function = builder.inttoptr(args[0], code)
-    return context.call_conv.call_function(builder, function, types.none, kinds, args[1:])[0]
-
-
-def _calls(context, builder, sig, args):
-    _called(context, builder, sig, args)
-    return context.get_dummy_value()
+    status, _ = context.call_conv.call_function(builder, function, types.none, kinds, args[1:])
+    return status.is_ok
 
 
 @type_callable(call)
 def _(context):
-    return lambda address, data, out: signature(types.none, types.int64, data, out)
+    return lambda address, data, out: signature(types.boolean, types.int64, data, out)
 
 
 @type_callable(call_with)
 def _(context):
-    return lambda address, data, out, table: signature(types.none, types.int64, data, out, table)
+    return lambda address, data, out, table: signature(types.boolean, types.int64, data, out, table)
 
 
 lower_builtin(call, types.int64, types.Array, types.Array)(_calls)
 lower_builtin(call_with, types.int64, types.Array, types.Array, types.Array)(_calls)
+lower_builtin(_call_work, types.int64, *_WORK)(_calls)
 
 
 @type_callable(_call_work)
 def _(context):
     return lambda address, told, first, end: signature(types.boolean, types.int64, *_WORK)
-
-
-@lower_builtin(_call_work, types.int64, *_WORK)
-def _(context, builder, sig, args):
-    return _called(context, builder, sig, args).is_ok
 
 
 @type_callable(_take)
@@ -152,6 +144,7 @@ _read, _PARTS = reader_of(_Parts), _record(_Parts)
 _NEXT, _DONE = (_PARTS.fields[name][1] for name in ("next", "done"))
 
 
+@named
 def _take_parts(parts):
     t = _read(parts)
     while True:
@@ -164,7 +157,7 @@ def _take_parts(parts):
 
 @cache
 def _taking() -> Callable:
-    return kept(partial(cfunc, types.void(types.int64)), named(_take_parts))
+    return kept(partial(cfunc, types.void(types.int64)), _take_parts)
 
 
 @cache

@@ -80,7 +80,11 @@ def _run(body: Callable, told: int | None, threads: int) -> None:
     if (parallel := _openmp()) is not None:
         parallel(body, told, threads, 0)
     else:
-        list(_pool(torch.get_num_threads()).map(body, [told] * threads))
+        begun = [_pool(torch.get_num_threads()).submit(body, told) for _ in range(threads)]
+        try:
+            wait(begun)
+        finally:  # an interrupt must not free what they still read
+            wait(begun)
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -263,3 +263,26 @@ def test_traces_as_one_graph(qtype):
     want = dequantize(blocks, qtype, shape)
     compiled = torch.compile(dequantize, backend="eager", fullgraph=True)
     assert_same_bits(compiled(blocks, qtype, shape), want)
+
+
+def test_kernels_that_many_threads_ask_for_first_have_one_name():
+    native = pytest.importorskip("fewstep.quant.numba_native")
+    name = native._take_parts.__qualname__
+    native._taking.__wrapped__()
+    assert native._take_parts.__qualname__ == name
+
+
+@pytest.mark.parametrize("formulation", ["numba"], indirect=True)
+def test_an_error_in_a_kernel_is_noticed(monkeypatch, formulation):
+    kernels = importlib.import_module("fewstep.quant.numba_dequant")
+    numba = importlib.import_module("numba")
+
+    @numba.njit
+    def no_memory(data, out):
+        raise MemoryError
+
+    monkeypatch.setattr(kernels.numba_blocks, "q2_k", no_memory)
+    monkeypatch.setattr(kernels, "native_kernel", kernels.native_kernel.__wrapped__)
+    blocks, out = torch.zeros(4, 84, dtype=torch.uint8), torch.zeros(4, 256)
+    with pytest.raises(MemoryError, match="close other programs"):
+        kernels.unpack(blocks, T.Q2_K, out)
