@@ -89,10 +89,7 @@ def native_kernel(qtype: T, kind: torch.dtype) -> tuple[int, np.ndarray]:
 @helper
 def unpack_by(code, grid, codes, data, out):
     """Kernels' call of a `native_kernel`; `grid` is the address of `codes` rows."""
-    if codes:
-        done = call_with(code, data, out, longs_at(grid, codes))
-    else:
-        done = call(code, data, out)
+    done = call_with(code, data, out, longs_at(grid, codes)) if codes else call(code, data, out)
     if not done:
         raise MemoryError
 

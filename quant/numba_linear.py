@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from .numba_bytes import put
 from .numba_dequant import native_kernel, streams, unpack_by
-from .numba_jit import jit
+from .numba_jit import ZERO, jit
 from .numba_memory import aligned, load, transpose
 from .numba_native import bytes_at, floats_at, in_parts, ints_at, reader_of, shorts_at
 from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, add_tile, hold, pack_rows, release
@@ -28,11 +28,12 @@ LowRank = tuple[Tensor, Tensor]
 
 UNPACKED = PLAIN_QTYPES[DTYPE]  # of a matrix as it is multiplied
 _KIND = torch.uint16 if NUMBERS == 2 else torch.float32  # of an unpacked tile, see `put`
-_STEP = 4 * LANES  # vectors that meet a tile at once
-_SLICE, _MOST = lcm(ROWS, LANES), 384  # rows: so many of a tile, at the least and the most
+_SLICE, _MOST = lcm(ROWS, LANES), 192  # rows: so many of a tile, at the least and the most
 _LARGEST = 2**19 * NUMBERS  # weights of a tile: 2 MiB
+_SUMMED = 512  # vectors whose sums with a tile are kept at a time
+_DEPTH = 128  # numbers or pairs that meet before the next vectors do: 8 KiB of each LANES
+_PACKED = 4  # LANES of vectors that a thread packs at a time
 _NONE = np.empty(0, np.int64)
-_DEPTH = 768  # numbers or pairs that meet before the next rows do: 192 KiB of _STEP vectors
 
 
 class _Told(NamedTuple):
@@ -45,8 +46,7 @@ class _Told(NamedTuple):
     down: int
     out: int
     panel: int  # the packed vectors
-    low: int  # the vectors times `down`, and these packed
-    low_panel: int
+    low_panel: int  # … times `down`, and packed
     vectors: int
     padded: int  # … to whole LANES
     columns: int
@@ -64,54 +64,6 @@ _told = reader_of(_Told)
 
 
 @helper
-def _add_all(
-    a, rows, b, b_at, vectors, step, first, end, up, up_at, low, low_at, width, deep, sums
-):
-    """sums (rows, _STEP) += a (rows, step) · b (step, vectors), of depth `first` to `end`, and
-    += up (rows, width) · low (width, vectors) of depth 0 to `deep`.
-    """
-    for place in range(0, vectors, COLUMNS * LANES):
-        columns = min(COLUMNS, -(-(vectors - place) // LANES))
-        from_b, from_low = b_at + place * step + first * LANES, low_at + place * width
-        for r in range(0, rows, ROWS):
-            at, from_up, to = r * step + first, up_at + r * width, r * _STEP + place
-            add_tile(
-                columns, a, at, step, b, from_b, LANES * step, end - first,
-                up, from_up, width, low, from_low, LANES * width, deep, sums, to, _STEP,
-            )  # fmt: skip
-
-
-@jit
-def _multiply(a, rows, panel, depth, up, low_panel, low_depth, first, end, bias, out, row, step):
-    """out (vectors, step), from column `row` on, for vectors first … end = these times the rows of
-    a, plus theirs of low rank times rows `row` … of up, plus bias.
-
-    a and up are read by whole ROWS; for the panels see `pack_rows`; out: as `put` takes it. What is
-    of low rank meets sums that are in registers already.
-    """
-    sums, turned = aligned(_MOST * _STEP), aligned(_MOST * LANES)
-    held = hold()
-    for vector in range(first, end, _STEP):
-        sums[: -(-rows // ROWS) * ROWS * _STEP] = np.float32(0)
-        vectors = min(_STEP, end - vector)
-        for k in range(0, depth, _DEPTH):
-            upto = min(k + _DEPTH, depth)
-            deep = low_depth if upto == depth else 0
-            _add_all(
-                a, rows, panel, vector * depth, vectors, depth, k, upto,
-                up, row * low_depth, low_panel, vector * low_depth, low_depth, deep, sums,
-            )  # fmt: skip
-        for c in range(0, vectors, LANES):
-            for r in range(0, rows, LANES):
-                transpose(sums, r * _STEP + c, _STEP, turned, r * LANES)
-            for i in range(min(LANES, vectors - c)):
-                place = (vector + c + i) * step + row
-                for r in range(0, rows, LANES):
-                    put(out, place + r, load(turned, (r + i) * LANES) + load(bias, row + r))
-    release(held)
-
-
-@helper
 def _panels(t):
     """Of the vectors, and of what they are of low rank."""
     size = t.padded * (t.rank // NUMBERS)
@@ -120,36 +72,81 @@ def _panels(t):
 
 @jit
 def _pack_vectors(told, first, end):
-    """Fills the panels for sixteens of vectors."""
+    """Fills the panels for sixteens of vectors; these times `down` while they are in the cache."""
     t, first, end = _told(told), first * LANES, end * LANES
     (panel, low_panel), x = _panels(t), floats_at(t.x, t.vectors * t.columns)
-    down, low = floats_at(t.down, (t.rank + ROWS) * t.depth), floats_at(t.low, t.padded * t.rank)
-    row, none = aligned(LANES * max(t.columns, t.rank) // NUMBERS), aligned(0)
-    pack_rows(x, 0, t.columns, t.vectors, first, end, t.columns, row, panel)
-    if t.rank:
-        bias, last = np.zeros(t.rank, np.float32), min(end, t.vectors)
-        for r in range(0, t.rank, _MOST):
-            a, rows = down[r * t.depth :], min(_MOST, t.rank - r)
-            _multiply(a, rows, panel, t.depth, none, none, 0, first, last, bias, low, r, t.rank)
-        pack_rows(low, 0, t.rank, t.vectors, first, end, t.rank, row, low_panel)
+    down, none = floats_at(t.down, t.rank * t.depth), aligned(0)
+    rows, low = aligned(_SLICE * t.depth), aligned(_SLICE * t.rank)
+    row = aligned(LANES * t.rank // NUMBERS)
+    for start in range(first, end, _SLICE):
+        upto = min(start + _SLICE, end)
+        for group in range(start, upto, LANES):
+            part = rows[(group - start) * t.depth :]
+            pack_rows(x, 0, t.columns, t.vectors, group, group + LANES, t.columns, part, panel)
+        if t.rank:
+            low[:], held = ZERO, hold()
+            for r in range(0, upto - start, ROWS):
+                for place in range(0, t.rank, COLUMNS * LANES):
+                    columns = min(COLUMNS, (t.rank - place) // LANES)
+                    add_tile(
+                        columns, rows, r * t.depth, t.depth, down, place * t.depth,
+                        LANES * t.depth, t.depth, none, 0, 0, none, 0, 0, 0,
+                        low, r * t.rank + place, t.rank,
+                    )  # fmt: skip
+            release(held)
+            at = -start * t.rank
+            pack_rows(low, at, t.rank, t.vectors, start, upto, t.rank, row, low_panel)
+
+
+@helper
+def _unpack(t, row, rows, a, step):
+    """a (rows, step): some rows of the matrix."""
+    for r in range(rows):
+        data, to = t.blocks + (row + r) * t.row_size, r * step
+        if t.unpack:
+            at = a.ctypes.data + 4 * to
+            weights = shorts_at(at, 2 * t.depth) if NUMBERS == 2 else floats_at(at, t.depth)
+            unpack_by(t.unpack, t.grid, t.codes, bytes_at(data, t.row_size), weights)
+        else:
+            a[to : to + t.depth] = floats_at(data, t.depth)
 
 
 @helper
 def _multiply_tile(t, row, rows, out):
-    """Unpacks and multiplies some rows."""
+    """Unpacks some rows and multiplies them with all vectors: out (vectors, t.rows), as `put` takes
+    it, from column `row` on. What is of low rank meets sums that are in registers already.
+    """
     (panel, low_panel), width = _panels(t), t.rank // NUMBERS
-    up, a = floats_at(t.up, (t.rows + ROWS) * width), aligned(-(-rows // ROWS) * ROWS * t.depth)
+    up = floats_at(t.up, (t.rows + ROWS) * width)
     bias = floats_at(t.bias, t.rows) if t.bias else np.zeros(t.rows, np.float32)
-    data, numbers = t.blocks + row * t.row_size, rows * t.depth
-    if t.unpack:
-        part, weights = bytes_at(data, rows * t.row_size), a.ctypes.data
-        tile = shorts_at(weights, 2 * numbers) if NUMBERS == 2 else floats_at(weights, numbers)
-        unpack_by(t.unpack, t.grid, t.codes, part, tile)
-    elif rows % ROWS:
-        a[:numbers] = floats_at(data, numbers)
-    else:
-        a = floats_at(data, numbers)
-    _multiply(a, rows, panel, t.depth, up, low_panel, width, 0, t.vectors, bias, out, row, t.rows)
+    padded, across = -(-rows // ROWS) * ROWS, min(t.padded, _SUMMED) + LANES
+    step = t.depth + LANES  # rows that begin a power of two apart would share a place in the cache
+    a, sums, turned = aligned(padded * step), aligned(padded * across), aligned(padded * LANES)
+    _unpack(t, row, rows, a, step)
+    held = hold()
+    for first in range(0, t.vectors, _SUMMED):
+        end = min(first + _SUMMED, t.vectors)
+        sums[:] = ZERO
+        for k in range(0, t.depth, _DEPTH):
+            depth = min(_DEPTH, t.depth - k)
+            deep = width if k + depth == t.depth else 0
+            for v in range(first, end, COLUMNS * LANES):
+                columns = min(COLUMNS, -(-(end - v) // LANES))
+                for r in range(0, rows, ROWS):
+                    add_tile(
+                        columns, a, r * step + k, step,
+                        panel, v * t.depth + k * LANES, t.depth * LANES, depth,
+                        up, (row + r) * width, width, low_panel, v * width, width * LANES, deep,
+                        sums, r * across + v - first, across,
+                    )  # fmt: skip
+        for v in range(first, end, LANES):
+            for r in range(0, rows, LANES):
+                transpose(sums, r * across + v - first, across, turned, r * LANES)
+            for i in range(min(LANES, end - v)):
+                place = (v + i) * t.rows + row
+                for r in range(0, rows, LANES):
+                    put(out, place + r, load(turned, (r + i) * LANES) + load(bias, row + r))
+    release(held)
 
 
 @jit
@@ -163,11 +160,13 @@ def _multiply_rows(told, first, end):
 
 def low_rank(up: Tensor, down: Tensor) -> LowRank:
     """up (rows, rank) and down (rank, columns), as the kernel reads them: of its type, the rank
-    filled up with zeros to vectors of numbers or pairs, and ROWS rows more than are there.
+    filled up with zeros to vectors of numbers or pairs; up with ROWS rows more than are there, down
+    as a panel, see `pack_rows`.
     """
     more = -up.shape[1] % (LANES * NUMBERS)
-    up = pad(up.to(DTYPE), (0, more, 0, ROWS))
-    return up.contiguous(), pad(down.to(DTYPE), (0, 0, 0, more + ROWS)).contiguous()
+    up, down = pad(up.to(DTYPE), (0, more, 0, ROWS)), pad(down.to(DTYPE), (0, 0, 0, more))
+    panel = down.view(-1, LANES, down.shape[1] // NUMBERS, NUMBERS).transpose(1, 2)
+    return up.contiguous(), panel.contiguous()
 
 
 def linear(
@@ -186,15 +185,15 @@ def linear(
     rank = 0 if factors is None else up.shape[1]
     x, blocks, out = x.contiguous(), blocks.contiguous(), _room(vectors, rows)
     bias = None if bias is None else bias.detach().float().contiguous()
-    panel, low, low_panel = (_room(padded * n) for n in (depth, rank, rank // NUMBERS))
+    panel, low_panel = (_room(padded * n) for n in (depth, rank // NUMBERS))
     unpack, grid = (0, _NONE) if qtype == UNPACKED else native_kernel(qtype, _KIND)
     share, groups = -(-rows // threads), padded // LANES
     most = min(_MOST, _LARGEST // columns, share + _SLICE - 1)
     some_rows = max(_SLICE, most // _SLICE * _SLICE)
-    some_groups = max(1, min(_STEP // LANES, groups // threads))
+    some_groups = max(1, min(_PACKED, groups // threads))
     told = _Told(
         *(0 if t is None else t.data_ptr() for t in (x, blocks, bias, up, down, out)),
-        *(t.data_ptr() for t in (panel, low, low_panel)),
+        *(t.data_ptr() for t in (panel, low_panel)),
         vectors=vectors,
         padded=padded,
         columns=columns,
