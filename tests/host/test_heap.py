@@ -50,6 +50,7 @@ def test_more_than_the_most_is_returned_after_sampling(monkeypatch):
     heap._keep(None)
     use_some(SETTLED)
     kept = anonymous_bytes()
+    monkeypatch.setattr(heap, "_GROWN", -1)
     monkeypatch.setattr(heap, "_MOST", 2**60)
     heap._rest(None)
     assert anonymous_bytes() > kept - SIZE // 2
@@ -59,12 +60,26 @@ def test_more_than_the_most_is_returned_after_sampling(monkeypatch):
     heap._return(None, True)
 
 
+def test_glibc_is_asked_what_is_free_only_when_the_process_has_grown(monkeypatch):
+    asked, unused = [], heap._unused
+    monkeypatch.setattr(heap, "_unused", lambda: asked.append(1) or unused())
+    monkeypatch.setattr(heap, "_GROWN", SIZE // 2)
+    heap._keep(None)
+    for much in (0, 0, SIZE, 0):
+        kept = torch.ones(much // 4)
+        heap._rest(None)
+    assert len(asked) == 2  # as keeping began, and once grown
+    heap._return(None, True)
+    assert kept.all()
+
+
 def test_what_was_returned_does_not_count_as_kept(monkeypatch):
     heap._keep(None)
     use_some(SETTLED)
     gap = torch.ones(SIZE // 4)
     above = torch.ones(2**16)  # so that the gap is not the heap's end
     del gap
+    monkeypatch.setattr(heap, "_GROWN", -1)
     monkeypatch.setattr(heap, "_MOST", SIZE // 2)
     heap._rest(None)
     assert heap._glibc().mallinfo2().fordblks > SIZE // 2
