@@ -27,7 +27,7 @@ REMEMBERED = 4  # sets of LoRAs on a weight: hooks make conditionings take turns
 def same(known: list, patches: list) -> bool:
     """Whether two lists of patches hold the same tensors at the same strengths."""
     return len(known) == len(patches) and all(
-        a[1] is b[1] and (a[0], *a[2:]) == (b[0], *b[2:])
+        a is b or (a[1] is b[1] and (a[0], *a[2:]) == (b[0], *b[2:]))
         for a, b in zip(known, patches, strict=True)
     )
 

@@ -115,6 +115,7 @@ floats_at, ints_at, longs_at = (array_of(t) for t in (np.float32, np.int32, np.i
 shorts_at, halves_at, bytes_at = (array_of(t) for t in (np.uint16, np.int16, np.uint8))
 
 
+@cache
 def _record(kind: type[NamedTuple]) -> np.dtype:
     numbers = {int: np.int64, float: np.float64}
     return np.dtype([(name, numbers[n]) for name, n in kind.__annotations__.items()])
