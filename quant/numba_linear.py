@@ -120,9 +120,13 @@ def _multiply_tile(t, row, rows, out):
     up = floats_at(t.up, (t.rows + ROWS) * width)
     bias = floats_at(t.bias, t.rows) if t.bias else np.zeros(t.rows, np.float32)
     padded, across = -(-rows // ROWS) * ROWS, min(t.padded, _SUMMED) + LANES
-    step = t.depth + LANES  # rows that begin a power of two apart would share a place in the cache
-    a, sums, turned = aligned(padded * step), aligned(padded * across), aligned(padded * LANES)
-    _unpack(t, row, rows, a, step)
+    sums, turned = aligned(padded * across), aligned(padded * LANES)
+    if t.unpack or rows < padded:
+        step = t.depth + LANES  # rows a power of two apart would share a place in the cache
+        a = aligned(padded * step)
+        _unpack(t, row, rows, a, step)
+    else:
+        step, a = t.depth, floats_at(t.blocks + row * t.row_size, rows * t.depth)
     held = hold()
     for first in range(0, t.vectors, _SUMMED):
         end = min(first + _SUMMED, t.vectors)

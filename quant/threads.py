@@ -17,7 +17,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 from typing import TypeVar
@@ -80,11 +80,24 @@ def _run(body: Callable, told: int | None, threads: int) -> None:
     if (parallel := _openmp()) is not None:
         parallel(body, told, threads, 0)
     else:
-        begun = [_pool(torch.get_num_threads()).submit(body, told) for _ in range(threads)]
+        pool, begun = _pool(torch.get_num_threads()), []
+        try:
+            for _ in range(threads):
+                begun.append(pool.submit(body, told))
+        finally:
+            _end(begun)
+
+
+def _end(begun: list[Future]) -> None:
+    """Wait for them; an interrupt, however often, waits as well: it frees what they read."""
+    interrupt = None
+    while not all(future.done() for future in begun):
         try:
             wait(begun)
-        finally:  # an interrupt must not free what they still read
-            wait(begun)
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -107,7 +120,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[
     finally:
         for future in begun:
             future.cancel()
-        wait(begun)
+        _end(begun)
 
 
 @cache
