@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 import re
+import time
 import weakref
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from comfy.patcher_extension import CallbacksMP
 
 _MB = 2**20
 _MOST = 1024 * _MB  # bytes that are kept
-_GROWN = 128 * _MB  # by so many the process must have grown before glibc is asked what is free
+_RARELY = 300  # times as long as it takes to ask glibc what is free, it is not asked again
 _TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # parameters of mallopt(3)
 # From how many bytes on: what lies free at the end is returned; so is a part of a thread's heap
 # (there a gap, and more is taken at once); a result has memory of its own, and not of the heap,
@@ -60,44 +61,41 @@ def _set(options: dict[int, int]) -> None:
             _glibc().mallopt(option, _USUAL[option])
 
 
-def _anonymous() -> int:
-    """Bytes of the process's memory that are no file's."""
+def _unused() -> int:
+    """Bytes of the process's memory that nobody took from glibc: what is free in its heaps, but not
+    if it was returned, as glibc's own count of that has it; and, a constant, what is no heap's.
+    """
     try:
         _, resident, shared, *_ = _SIZES.read_text().split()
     except (OSError, ValueError):  # as where no more files may be open: sampling goes on
         return 0
-    return (int(resident) - int(shared)) * mmap.PAGESIZE
-
-
-def _unused() -> int:
-    """Those that nobody took from glibc: what is free in its heaps, but not if it was returned, as
-    glibc's own count of that has it; and, a constant, what is no heap's. glibc walks all that is
-    free, which after a few LoRAs were loaded takes as long as some products.
-    """
     info = _glibc().mallinfo2()
-    return _anonymous() - info.uordblks - info.hblkhd
+    anonymous = (int(resident) - int(shared)) * mmap.PAGESIZE
+    return anonymous - info.uordblks - info.hblkhd
 
 
-_before, _seen = 0, 0  # of `_unused`, when keeping began; of `_anonymous`, when that was asked
+_before = 0  # of `_unused`, when keeping began
+_again = 0.0  # when to ask for it again: glibc walks all that is free, which may be much
 
 
 def _keep(_patcher) -> None:
     """Host's ON_PRE_RUN callback, before sampling."""
-    global _before, _seen
+    global _before
     if not _before:
-        _before, _seen = _unused(), _anonymous()
+        _before = _unused()
     _set(_KEEPING)
 
 
 def _rest(_patcher) -> None:
     """Host's ON_CLEANUP callback, after it."""
-    global _seen
+    global _again
     _set(_RESTING)
-    _seen = min(_seen, _anonymous())
-    if _anonymous() - _seen > _GROWN:
-        if _unused() - _before > _MOST:
-            _glibc().malloc_trim(0)
-        _seen = _anonymous()
+    if (begun := time.monotonic()) < _again:
+        return
+    unused = _unused()
+    _again = begun + _RARELY * (time.monotonic() - begun)
+    if unused - _before > _MOST:
+        _glibc().malloc_trim(0)
 
 
 def _return(_patcher=None, unpatch_all: bool = True) -> None:

@@ -50,7 +50,8 @@ def test_more_than_the_most_is_returned_after_sampling(monkeypatch):
     heap._keep(None)
     use_some(SETTLED)
     kept = anonymous_bytes()
-    monkeypatch.setattr(heap, "_GROWN", -1)
+    monkeypatch.setattr(heap, "_RARELY", 0)
+    monkeypatch.setattr(heap, "_again", 0.0)
     monkeypatch.setattr(heap, "_MOST", 2**60)
     heap._rest(None)
     assert anonymous_bytes() > kept - SIZE // 2
@@ -60,17 +61,22 @@ def test_more_than_the_most_is_returned_after_sampling(monkeypatch):
     heap._return(None, True)
 
 
-def test_glibc_is_asked_what_is_free_only_when_the_process_has_grown(monkeypatch):
-    asked, unused = [], heap._unused
-    monkeypatch.setattr(heap, "_unused", lambda: asked.append(1) or unused())
-    monkeypatch.setattr(heap, "_GROWN", SIZE // 2)
-    heap._keep(None)
-    for much in (0, 0, SIZE, 0):
-        kept = torch.ones(much // 4)
+def test_glibc_is_seldom_asked_what_is_free(monkeypatch):
+    asked, now, unused = [], [0.0], heap._unused
+
+    def slowly():
+        asked.append(now[0])
+        now[0] += 0.02
+        return unused()
+
+    monkeypatch.setattr(heap.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(heap, "_unused", slowly)
+    monkeypatch.setattr(heap, "_before", 1)
+    monkeypatch.setattr(heap, "_again", 0.0)
+    for now[0] in (1.0, 2.0, 3.0, 8.0, 9.0):
         heap._rest(None)
-    assert len(asked) == 2  # as keeping began, and once grown
+    assert asked == [1.0, 8.0]
     heap._return(None, True)
-    assert kept.all()
 
 
 def test_what_was_returned_does_not_count_as_kept(monkeypatch):
@@ -79,7 +85,8 @@ def test_what_was_returned_does_not_count_as_kept(monkeypatch):
     gap = torch.ones(SIZE // 4)
     above = torch.ones(2**16)  # so that the gap is not the heap's end
     del gap
-    monkeypatch.setattr(heap, "_GROWN", -1)
+    monkeypatch.setattr(heap, "_RARELY", 0)
+    monkeypatch.setattr(heap, "_again", 0.0)
     monkeypatch.setattr(heap, "_MOST", SIZE // 2)
     heap._rest(None)
     assert heap._glibc().mallinfo2().fordblks > SIZE // 2
