@@ -64,6 +64,26 @@ _told = reader_of(_Told)
 
 
 @helper
+def _add_all(
+    a, at, step, rows, b, from_b, b_step, vectors, depth,
+    up, from_up, low, from_low, width, deep, sums, across,
+):  # fmt: skip
+    """sums (rows, across) += a · b of `depth`, and += up (rows, width) · low (width, vectors) of
+    depth 0 to `deep`. A row of a is `step` long, a vector of b `b_step`; for the panels b and low
+    see `pack_rows`; a, up and sums are read by whole ROWS.
+    """
+    for place in range(0, vectors, COLUMNS * LANES):
+        columns = min(COLUMNS, -(-(vectors - place) // LANES))
+        for r in range(0, rows, ROWS):
+            add_tile(
+                columns, a, at + r * step, step,
+                b, from_b + place * b_step, b_step * LANES, depth,
+                up, from_up + r * width, width, low, from_low + place * width, width * LANES, deep,
+                sums, r * across + place, across,
+            )  # fmt: skip
+
+
+@helper
 def _panels(t):
     """Of the vectors, and of what they are of low rank."""
     size = t.padded * (t.rank // NUMBERS)
@@ -85,14 +105,10 @@ def _pack_vectors(told, first, end):
             pack_rows(x, 0, t.columns, t.vectors, group, group + LANES, t.columns, part, panel)
         if t.rank:
             low[:], held = ZERO, hold()
-            for r in range(0, upto - start, ROWS):
-                for place in range(0, t.rank, COLUMNS * LANES):
-                    columns = min(COLUMNS, (t.rank - place) // LANES)
-                    add_tile(
-                        columns, rows, r * t.depth, t.depth, down, place * t.depth,
-                        LANES * t.depth, t.depth, none, 0, 0, none, 0, 0, 0,
-                        low, r * t.rank + place, t.rank,
-                    )  # fmt: skip
+            _add_all(
+                rows, 0, t.depth, upto - start, down, 0, t.depth, t.rank, t.depth,
+                none, 0, none, 0, 0, 0, low, t.rank,
+            )  # fmt: skip
             release(held)
             at = -start * t.rank
             pack_rows(low, at, t.rank, t.vectors, start, upto, t.rank, row, low_panel)
@@ -134,15 +150,10 @@ def _multiply_tile(t, row, rows, out):
         for k in range(0, t.depth, _DEPTH):
             depth = min(_DEPTH, t.depth - k)
             deep = width if k + depth == t.depth else 0
-            for v in range(first, end, COLUMNS * LANES):
-                columns = min(COLUMNS, -(-(end - v) // LANES))
-                for r in range(0, rows, ROWS):
-                    add_tile(
-                        columns, a, r * step + k, step,
-                        panel, v * t.depth + k * LANES, t.depth * LANES, depth,
-                        up, (row + r) * width, width, low_panel, v * width, width * LANES, deep,
-                        sums, r * across + v - first, across,
-                    )  # fmt: skip
+            _add_all(
+                a, k, step, rows, panel, first * t.depth + k * LANES, t.depth, end - first, depth,
+                up, row * width, low_panel, first * width, width, deep, sums, across,
+            )  # fmt: skip
         for v in range(first, end, LANES):
             for r in range(0, rows, LANES):
                 transpose(sums, r * across + v - first, across, turned, r * LANES)
