@@ -20,7 +20,7 @@ from .numba_dequant import native_kernel, streams, unpack_by
 from .numba_jit import ZERO, jit
 from .numba_memory import aligned, load, transpose
 from .numba_native import bytes_at, floats_at, in_parts, ints_at, reader_of, shorts_at
-from .numba_tile import COLUMNS, DTYPE, NUMBERS, ROWS, add_tile, hold, pack_rows, release
+from .numba_tile import DTYPE, NUMBERS, ROWS, add_all, hold, pack_rows, pack_times, release
 from .numba_vector import LANES, helper
 from .types import PLAIN_QTYPES
 
@@ -64,26 +64,6 @@ _told = reader_of(_Told)
 
 
 @helper
-def _add_all(
-    a, at, step, rows, b, from_b, b_step, vectors, depth,
-    up, from_up, low, from_low, width, deep, sums, across,
-):  # fmt: skip
-    """sums (rows, across) += a · b of `depth`, and += up (rows, width) · low (width, vectors) of
-    depth 0 to `deep`. A row of a is `step` long, a vector of b `b_step`; for the panels b and low
-    see `pack_rows`; a, up and sums are read by whole ROWS.
-    """
-    for place in range(0, vectors, COLUMNS * LANES):
-        columns = min(COLUMNS, -(-(vectors - place) // LANES))
-        for r in range(0, rows, ROWS):
-            add_tile(
-                columns, a, at + r * step, step,
-                b, from_b + place * b_step, b_step * LANES, depth,
-                up, from_up + r * width, width, low, from_low + place * width, width * LANES, deep,
-                sums, r * across + place, across,
-            )  # fmt: skip
-
-
-@helper
 def _panels(t):
     """Of the vectors, and of what they are of low rank."""
     size = t.padded * (t.rank // NUMBERS)
@@ -95,23 +75,20 @@ def _pack_vectors(told, first, end):
     """Fills the panels for sixteens of vectors; these times `down` while they are in the cache."""
     t, first, end = _told(told), first * LANES, end * LANES
     (panel, low_panel), x = _panels(t), floats_at(t.x, t.vectors * t.columns)
-    down, none = floats_at(t.down, t.rank * t.depth), aligned(0)
+    down = floats_at(t.down, t.rank * t.depth)
     rows, low = aligned(_SLICE * t.depth), aligned(_SLICE * t.rank)
-    row = aligned(LANES * t.rank // NUMBERS)
+    row, held = aligned(LANES * t.rank // NUMBERS), hold()
     for start in range(first, end, _SLICE):
         upto = min(start + _SLICE, end)
-        for group in range(start, upto, LANES):
-            part = rows[(group - start) * t.depth :]
-            pack_rows(x, 0, t.columns, t.vectors, group, group + LANES, t.columns, part, panel)
         if t.rank:
-            low[:], held = ZERO, hold()
-            _add_all(
-                rows, 0, t.depth, upto - start, down, 0, t.depth, t.rank, t.depth,
-                none, 0, none, 0, 0, 0, low, t.rank,
-            )  # fmt: skip
-            release(held)
+            pack_times(
+                x, t.columns, t.vectors, start, upto, t.columns, rows, panel, down, t.rank, low
+            )
             at = -start * t.rank
             pack_rows(low, at, t.rank, t.vectors, start, upto, t.rank, row, low_panel)
+        else:
+            pack_rows(x, 0, t.columns, t.vectors, start, upto, t.columns, rows, panel)
+    release(held)
 
 
 @helper
@@ -150,7 +127,7 @@ def _multiply_tile(t, row, rows, out):
         for k in range(0, t.depth, _DEPTH):
             depth = min(_DEPTH, t.depth - k)
             deep = width if k + depth == t.depth else 0
-            _add_all(
+            add_all(
                 a, k, step, rows, panel, first * t.depth + k * LANES, t.depth, end - first, depth,
                 up, row * width, low_panel, first * width, width, deep, sums, across,
             )  # fmt: skip

@@ -19,7 +19,7 @@ from numba.extending import lower_builtin, type_callable
 
 from . import numba_amx as amx
 from .numba_jit import AMX, FEATURES, ZERO
-from .numba_memory import load, pointer, store, transpose
+from .numba_memory import aligned, load, pointer, store, transpose
 from .numba_vector import (
     FLOATS,
     LANES,
@@ -227,6 +227,66 @@ def pack_rows(x, at, step, rows, first, end, width, row, panel):
 
 
 @helper
+def add_all(
+    a, at, step, rows, b, from_b, b_step, vectors, depth,
+    up, from_up, low, from_low, width, deep, sums, across,
+):  # fmt: skip
+    """sums (rows, across) += a · b of `depth`, and += up (rows, width) · low (width, vectors) of
+    depth 0 to `deep`. A row of a is `step` long, a vector of b `b_step`; for the panels b and low
+    see `pack_rows`; a, up and sums are read by whole ROWS.
+    """
+    for place in range(0, vectors, COLUMNS * LANES):
+        columns = min(COLUMNS, -(-(vectors - place) // LANES))
+        for r in range(0, rows, ROWS):
+            add_tile(
+                columns, a, at + r * step, step,
+                b, from_b + place * b_step, b_step * LANES, depth,
+                up, from_up + r * width, width, low, from_low + place * width, width * LANES, deep,
+                sums, r * across + place, across,
+            )  # fmt: skip
+
+
+@helper
+def _pack_times(x, step, rows, first, end, width, room, panel, b, rank, out):
+    """As `pack_rows`, of whole ROWS, and out (rows, rank) = they times the panel b of depth `width`
+    and `rank` columns. `room` is for end - first rows.
+    """
+    depth, none = width // NUMBERS, aligned(0)
+    for start in range(first, end, LANES):
+        row = room[(start - first) * depth :]
+        pack_rows(x, 0, step, rows, start, start + LANES, width, row, panel)
+    out[:] = ZERO
+    add_all(
+        room, 0, depth, end - first, b, 0, depth, rank, depth,
+        none, 0, none, 0, 0, 0, out, rank,
+    )  # fmt: skip
+
+
+@helper
+def _pack_times_amx(x, step, rows, first, end, width, room, panel, b, rank, out):
+    """The same. Its registers multiply beside those of vectors and while memory is waited for."""
+    depth, places = width // NUMBERS, 4 * LANES  # of `room`, which stays in the first cache
+    for start in range(first, end, LANES):
+        for column in range(0, rank, amx.SUMS * LANES):
+            n, from_b = min(amx.SUMS, (rank - column) // LANES), column * depth
+            amx.zero_sums()
+            for i in range(0, depth + LANES, LANES):
+                if i < depth:
+                    at = i % places * LANES
+                    for j in range(LANES):
+                        v = splat(ZERO)
+                        if start + j < rows:
+                            v = _taken(x, (start + j) * step + NUMBERS * i)
+                        store(room, at + j * LANES, v)
+                    if column == 0:
+                        transpose(room, at, LANES, panel, start * depth + i * LANES)
+                if i:  # what was stored before, lest the registers wait for it
+                    k = i - LANES
+                    amx.add_sums(n, room, k % places * LANES, b, from_b + k * LANES, depth * LANES)
+            amx.store_sums(n, out, (start - first) * rank + column, rank)
+
+
+@helper
 def _nothing():
     return 0
 
@@ -238,3 +298,4 @@ def _forget(kept):
 
 # Before and after the tiles of a kernel: release(hold()).
 hold, release = (amx.hold, amx.release) if _TILES else (_nothing, _forget)
+pack_times = _pack_times_amx if _TILES else _pack_times
