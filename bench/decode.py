@@ -48,7 +48,7 @@ def report(result: dict) -> str:
             table.against(row, name),
         ]
         for row in result["rows"]
-        for name, seconds in table.medians(row["turns"]).items()
+        for name, seconds in table.exact_medians(row["turns"]).items()
     ]
     return "\n".join(["# VAEs", "", told, "", *table.rows(head, body)])
 

@@ -81,7 +81,7 @@ def report(result: dict) -> str:
             *(table.LABELS[name], f"{seconds:.2f} s", table.against(row, name)),
         ]
         for row in result["rows"]
-        for name, seconds in table.medians(row["turns"]).items()
+        for name, seconds in table.exact_medians(row["turns"]).items()
     ]
     return "\n".join([f"# Growth, {result['type']}", "", told, "", *table.rows(head, body)])
 

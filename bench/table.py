@@ -38,7 +38,7 @@ def report(result: dict) -> str:
     body = [
         [row["type"], f"{row['pixels']}²", LABELS[name], f"{time:.2f} s", against(row, name)]
         for row in result["steps"]
-        for name, time in medians(row["turns"]).items()
+        for name, time in exact_medians(row["turns"]).items()
     ]
     head = ["Type", "Picture", "Side", "A step", "Times ours (least–most)"]
     lines += ["", "## A sampling step", "", *rows(head, body)]
@@ -73,8 +73,8 @@ def first_and_memory(result: dict) -> list[str]:
     body = []
     for row in result["first"]:
         seconds, memory = (of_first(row["turns"], f) for f in (first_picture, peak_memory))
-        loads = medians(of_first(row["turns"], lambda run: run["load"]))
-        for name, median_seconds in medians(seconds).items():
+        loads = exact_medians(of_first(row["turns"], lambda run: run["load"]))
+        for name, median_seconds in exact_medians(seconds).items():
             place = [row["type"], f"{row['pixels']}²", "cold" if row["cold"] else "warm"]
             times = [f"{loads[name]:.1f} s", f"{median_seconds:.1f} s"]
             gigabytes = f"{exact_medians(memory)[name] / 1e9:.1f} GB"
@@ -97,7 +97,7 @@ def loras(result: dict) -> list[str]:
             row["type"],
             f"{row['pixels']}²",
             LABELS[row["side"]],
-            f"{medians(row['turns'])['0']:.2f} s",
+            f"{exact_medians(row['turns'])['0']:.2f} s",
         ]
         + [ratio(row["turns"], count, "0") for count in counts[1:]]
         for row in result["loras"]
