@@ -1,9 +1,8 @@
 """Products of bfloat16 in Intel's AMX: eight registers of sixteen rows of sixty-four bytes.
 
 Four of them hold sums, of 32 rows and 32 columns or (`add_sums`) 16 and 64; the others the factors,
-sixteen pairs deep.
-Their shapes are set for a thread: others who use it (torch's own products do) may count on what
-they set, so `hold` keeps that and `release` sets it again.
+sixteen pairs deep. Their shapes are set for a thread: others who use it (torch's own products do)
+may count on what they set, so `hold` keeps that and `release` sets it again.
 Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
 """
 
@@ -110,8 +109,9 @@ def _(context, builder, sig, args):
     for c in _below(builder, n):
         place = builder.add(b_at, builder.mul(b_step, ir.Constant(b_step.type, c)))
         column = pointer(context, builder, b_kind, b, place, BYTE)
-        _do(builder, "tileloadd64", _register(_A + 1 + c % 3), column, width)
-        _do(builder, "tdpbf16ps", _register(c), _register(_A), _register(_A + 1 + c % 3))
+        factor = _register(_A + 1 + c % 3)  # the three that are left take turns
+        _do(builder, "tileloadd64", factor, column, width)
+        _do(builder, "tdpbf16ps", _register(c), _register(_A), factor)
     return context.get_dummy_value()
 
 

@@ -248,8 +248,9 @@ def add_all(
 
 @helper
 def _pack_times(x, step, rows, first, end, width, room, panel, b, rank, out):
-    """As `pack_rows`, of whole ROWS, and out (rows, rank) = they times the panel b of depth `width`
-    and `rank` columns. `room` is for end - first rows.
+    """As `pack_rows` from x[0] on, and out (end - first, rank) = those rows · b, a panel of `width`
+    numbers of `rank` columns, a multiple of LANES. `room` is for the rows, and like out for whole
+    ROWS; what is there beyond `end` is lost.
     """
     depth, none = width // NUMBERS, aligned(0)
     for start in range(first, end, LANES):
@@ -264,7 +265,9 @@ def _pack_times(x, step, rows, first, end, width, room, panel, b, rank, out):
 
 @helper
 def _pack_times_amx(x, step, rows, first, end, width, room, panel, b, rank, out):
-    """The same. Its registers multiply beside those of vectors and while memory is waited for."""
+    """The same in AMX, whose registers multiply while vectors are packed and memory is waited
+    for. Of more columns than they have sums for, the rows are rounded again, not packed.
+    """
     depth, places = width // NUMBERS, 4 * LANES  # of `room`, which stays in the first cache
     for start in range(first, end, LANES):
         for column in range(0, rank, amx.SUMS * LANES):
