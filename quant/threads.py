@@ -43,17 +43,23 @@ def in_threads(work: Callable[[int, int], Result], n: int, size: int) -> list[Re
         return [work(0, n)]
     bounds = [n * i // threads for i in range(threads + 1)]
     parts, results, errors = iter(list(enumerate(pairwise(bounds)))), [None] * threads, []
+    ended = {}  # the threads whose last word was no error
 
     def take_parts(_=None) -> None:
         try:
+            here = threading.get_ident()
             for i, (first, end) in parts:  # OpenMP may give fewer threads than it was asked for
                 results[i] = work(first, end)
         except BaseException as error:  # noqa: BLE001  C would lose it
             errors.append(error)
+        else:
+            ended[here] = True
 
     _run(_BODY(take_parts), None, threads)
     if errors:
         raise errors[0]
+    if _openmp() is not None and threading.get_ident() not in ended:
+        raise KeyboardInterrupt  # before the `try`, where Python only printed it
     return results
 
 

@@ -1,6 +1,7 @@
 """Parts of a kernel on torch's threads, or on threads of our own; and long rows of items."""
 
 import importlib
+import signal
 import threading
 import time
 
@@ -17,6 +18,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(MODULE, "_openmp", lambda: None)
     elif MODULE._openmp() is None:
         pytest.skip("torch's OpenMP library shows no GOMP_parallel")
+    return request.param
 
 
 @pytest.fixture(params=[1, 2, 3], autouse=True)
@@ -60,6 +62,37 @@ def test_what_a_part_raises_is_raised():
     for _ in range(2):
         with pytest.raises(ValueError, match="in the last part"):
             in_threads(work, 10, 2**20)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer whose signal interrupts")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_is_raised_even_as_c_calls_python(way):
+    if way == "pool":
+        pytest.skip("there an interrupt can strike between the parts that are handed over")
+    caught = struck = armed = False
+
+    def strike(*_):
+        nonlocal struck
+        if armed and not struck:
+            struck = True
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, strike)
+    signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
+    try:
+        for _ in range(3000):
+            caught = struck = False
+            try:
+                armed = True
+                assert None not in in_threads(lambda *part: part, 10, 2**20)
+                armed = False
+            except KeyboardInterrupt:
+                caught = True
+            armed = False
+            assert caught == struck
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_works_from_any_thread(threads):
