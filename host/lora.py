@@ -15,6 +15,7 @@ import logging
 import torch
 from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
+from comfy.quant_ops import QuantizedTensor
 
 from .side_branch import SideBranch, side_branch
 
@@ -105,6 +106,11 @@ def hand_over(patcher, module, key: str, name: str, device: torch.device) -> Non
         module.gguf_patch = LowVramPatch(key, patcher.patches)
     else:
         patcher.patch_weight_to_device(key, device_to=device)
+        saved = patcher.backup[key]
+        if isinstance(saved.weight, QuantizedTensor):
+            # wrapped anew: in inference mode torch puts back none that was wrapped outside it
+            given = saved.weight._qdata, saved.weight._layout_cls, saved.weight._params
+            patcher.backup[key] = saved._replace(weight=QuantizedTensor(*given))
 
 
 def summary(patcher) -> str:

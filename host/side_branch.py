@@ -103,6 +103,8 @@ def _term(patch: tuple, shape: tuple[int, ...]) -> Term | None:
     up, down, alpha, middle, dora_scale, reshape = adapter.weights
     if any(extra is not None for extra in (middle, dora_scale, reshape)):
         return None
+    if min(up.dim(), down.dim()) < 2:
+        return None  # the host says what is wrong with it
     up, down = up.flatten(1), down.flatten(1)
     place = [slice(0, size) for size in shape]
     if part is not None:

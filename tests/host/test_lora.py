@@ -294,3 +294,14 @@ def test_what_does_not_fit_is_left_to_the_host_to_name():
     assert side_branch([(1.0, adapter, 1.0, None, None)], (5, 8)) is None
     assert side_branch([(1.0, adapter, 1.0, None, None)], (5, 7)).rank == 2
     assert side_branch([(1.0, adapter, 0.5, None, None)], (5, 7)) is None
+    flat = LoRAAdapter(set(), (normal(5), normal(1, 7), None, None, None, None))
+    assert side_branch([(1.0, flat, 1.0, None, None)], (5, 7)) is None
+
+
+def test_a_misfit_is_taken_away_in_inference_mode_from_a_model_loaded_outside_it(exact, models):
+    model, _ = models
+    misfit = low_rank() | {f"{KEY}.lora_up.weight": normal(ROWS + 1, 4)}
+    with torch.inference_mode():
+        plain = sample(model)
+        sample(load(model, misfit))
+        assert torch.equal(sample(model), plain) and is_gguf(weight(model))
