@@ -144,7 +144,7 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
         output = output if bias is None else output + bias
         output = output if branch is None else branch.add(output, flat)
     elif is_large(module) and multiplies_many(blocks.shape, qtype, flat.shape[1], dtype):
-        factors = None if branch is None else branch.factors(tuple(weight.shape))
+        factors = None if branch is None else branch.factors
         if branch is not None and factors is None:
             return None
         if module.gguf_residency.keeps(module):

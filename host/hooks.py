@@ -109,7 +109,7 @@ class Hooks:
             module = _taker(patcher, key)
             module.gguf_hooks = None
             if isinstance(module, TakesLoRA):
-                module.branches = ()
+                module.forget_loras()
 
     def keys(self) -> set[str]:
         return {key for patches in self.registered.values() for key in patches}

@@ -6,8 +6,9 @@
   but passes over modules that say they are patched already. Ours say so, and an ON_LOAD callback
   then hands them their patches.
 
-A module's patches become a side branch; those that cannot are left to the host, which keeps the
-patched weight dense. LoRA hooks join them on their way: see `hooks.py`.
+A module's patches become a side branch, which `ops.py` computes or, where that is less work, merges
+into the unpacked weight; those that cannot are left to the host, which keeps the patched weight
+dense. LoRA hooks join them on their way: see `hooks.py`.
 """
 
 import logging
@@ -50,6 +51,11 @@ class TakesLoRA:
         self.branches = ((patches[:], branch), *self.branches[: REMEMBERED - 1])
         return branch
 
+    def forget_loras(self) -> None:
+        """Let go of what was made for the last LoRAs."""
+        self.branches = ()
+        self.gguf_residency.release_merged(self)
+
     @property
     def comfy_patched_weights(self) -> bool:
         """Host's mark of a module that is loaded and has its patches. True also before that, so
@@ -72,7 +78,8 @@ class TakesLoRA:
     def comfy_patched_weights(self):
         """The host takes all patches away."""
         self.written, self.unloaded = False, False
-        self.gguf_patch, self.branches = None, ()
+        self.gguf_patch = None
+        self.forget_loras()
 
 
 class HandOver:
@@ -88,7 +95,7 @@ class HandOver:
         if new:
             for module in patcher.model.modules():
                 if isinstance(module, TakesLoRA):
-                    module.branches = ()
+                    module.forget_loras()
         for key in patcher.patches:
             path, _, name = key.rpartition(".")
             module = patcher.model.get_submodule(path)

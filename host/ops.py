@@ -145,9 +145,10 @@ class _TakeOver(TakesHooks):
     def weight_lowvram_function(self, patch):
         self.gguf_patch = patch
 
-    def cast(self, dtype, device, waiting=None, beside=False, transient=False):
+    def cast(self, dtype, device, waiting=None, beside=False, transient=False, branch=None):
         """Weight and bias in `dtype` on `device`, with what `waiting_patch` gave added, unless that
-        is computed `beside` the weight; and the host's return token. `transient`: until the next.
+        is computed `beside` the weight, or is a side `branch` that is merged into it; and the
+        host's return token. `transient`: until the next.
         """
         functions = self.weight_function
         ours = waiting is not None and (beside or waiting not in functions)
@@ -171,7 +172,9 @@ class _TakeOver(TakesHooks):
             if patched:
                 weight = dense(weight, dtype)
             else:
-                weight = self.gguf_residency.dense(self, weight, dtype, transient)
+                weight = self.gguf_residency.dense(self, weight, dtype, transient, branch)
+        elif branch is not None:
+            weight = branch.merged(weight, dtype)
         if patched:
             weight = waiting(weight.clone() if weight is self.weight else weight)
         return weight, bias, stream
@@ -186,22 +189,25 @@ class _TakeOver(TakesHooks):
     def uncast(self, weight, bias, stream):
         comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
-    def apply_weight(self, function, input, waiting=None, beside=False):
+    def apply_weight(self, function, input, waiting=None, beside=False, branch=None):
         """function(input, weight, bias), both in the input's type, see `cast`; the result is
         checked once.
         """
         transient = not torch.is_grad_enabled()  # autograd keeps the weight for the backward
-        given = self.cast(input.dtype, input.device, waiting, beside, transient)
+        given = self.cast(input.dtype, input.device, waiting, beside, transient, branch)
         weight, bias, stream = given
         output = function(input, weight, bias)
         self.uncast(weight, bias, stream)
         if not torch.compiler.is_compiling() and not self.gguf_checked:
-            self.check(input, weight, output)
+            self.check(input, output)
         return output
 
-    def check(self, input, weight, output):
-        """Once a load: a weight that is not finite is named, instead of a silent black picture."""
-        if not output.isfinite().all() and input.isfinite().all() and not weight.isfinite().all():
+    def check(self, input, output):
+        """Once a load: a weight that is not finite, LoRAs aside, is named: the picture would be
+        black.
+        """
+        black = not output.isfinite().all() and input.isfinite().all()
+        if black and not dense(self.weight, input.dtype).isfinite().all():
             raise self.gguf_file.not_finite(self.gguf_name + "weight")
         self.gguf_checked = True
 
@@ -280,11 +286,23 @@ def gguf_ops(
 
             def multiply(self, input, waiting, branch):
                 x = input.to(product_dtype(self, input))
-                linear = torch.nn.functional.linear
-                output = self.apply_weight(linear, x, waiting, beside=branch is not None)
-                if branch is not None:
+                linear, merged = torch.nn.functional.linear, self.merges(branch, x)
+                output = self.apply_weight(
+                    linear, x, waiting, branch is not None, branch if merged else None
+                )
+                if branch is not None and not merged:
                     output = branch.add(output, x)
                 return output.to(input.dtype)
+
+            def merges(self, branch, x):
+                """Whether LoRAs are added to the unpacked weight, not to the product: where that
+                is less work, or is done once, as a GPU's weight stays unpacked.
+                """
+                if branch is None or not branch.merges or torch.is_grad_enabled():
+                    return False
+                quantised = isinstance(self.weight, QuantizedTensor)
+                kept = quantised and not x.is_cpu and self.gguf_residency.keeps(self)
+                return kept or branch.is_less_merged(x.numel() // x.shape[-1])
 
             def multiply_turned(self, input, branch):
                 weight, bias, stream = self.cast_packed(input)

@@ -18,14 +18,18 @@ from comfy.quant_ops import QuantizedTensor
 
 from ..quant import dequantize
 from .layout import dense, is_gguf
+from .side_branch import SideBranch
 
 GB = 10**9
 CHOICES = ["low", "auto", "2 GB", "4 GB", "8 GB", "16 GB", "32 GB"]
+NONE = None, None  # is kept of a module
 SHARE = 8  # of a device's memory, one part in so many stays free
 
 
 class Residency:
-    """What is kept, by module. `budget` is in bytes; None asks for what is free."""
+    """What is kept, by module: the weight, and the SideBranch in it, if any. `budget` is in bytes;
+    None asks for what is free.
+    """
 
     def __init__(self, budget: int | None = 0):
         self.automatic, self.budget = budget is None, budget or 0
@@ -36,7 +40,7 @@ class Residency:
     @property
     def size(self) -> int:
         """Bytes that are kept."""
-        return sum(weight.nbytes for weight in self.kept.values())
+        return sum(weight.nbytes for weight, _ in self.kept.values())
 
     def dense(
         self,
@@ -44,44 +48,64 @@ class Residency:
         weight: QuantizedTensor,
         dtype: torch.dtype,
         transient: bool = False,
+        branch: SideBranch | None = None,
     ) -> torch.Tensor:
-        """The module's weight, unpacked to `dtype`; to be read only, as it may be kept. What is
-        `transient` lasts until this thread asks for the next one.
+        """The module's weight, unpacked to `dtype`, with the LoRAs of `branch` in it; to be read
+        only, as it may be kept. What is `transient` lasts until this thread asks for the next one.
         """
-        unpack = self.unpack if transient else dense
         if not self.budget:
-            return unpack(weight, dtype)
-        kept, (uses, _) = self.kept.get(module), self.uses.get(module, (0, 0))
+            return self.unpack(weight, dtype, transient, branch)
+        (kept, within), (uses, _) = self.kept.get(module, NONE), self.uses.get(module, (0, 0))
         size = weight.numel() * dtype.itemsize
         self.uses[module] = uses + 1, size
-        if kept is not None and (kept.dtype, kept.device) == (dtype, weight.device):
+        there = kept is not None and (kept.dtype, kept.device) == (dtype, weight.device)
+        if there and within is branch:
             return kept
         self.release(module)
         if module in self.refused or self.size + size > self.budget:
-            return unpack(weight, dtype)
-        self.kept[module] = dense(weight, dtype)
-        return self.kept[module]
+            return self.unpack(weight, dtype, transient, branch)
+        made = self.unpack(weight, dtype, False, branch)
+        self.kept[module] = made, branch
+        return made
 
     def keeps(self, module: torch.nn.Module) -> bool:
         """Whether the module's weight stays unpacked, or may once it is."""
         return self.budget > 0 and module not in self.refused
 
-    def unpack(self, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor:
-        """On a CPU into memory that serves one weight after the other: where each takes memory of
-        its own, the system fills that with zeros first, which takes longer than unpacking.
+    def unpack(
+        self,
+        weight: QuantizedTensor,
+        dtype: torch.dtype,
+        transient: bool,
+        branch: SideBranch | None,
+    ) -> torch.Tensor:
+        out = self.room(weight, dtype) if transient else None
+        if branch is not None:
+            return branch.merged(weight, dtype, out)
+        if out is None:
+            return dense(weight, dtype)
+        return dequantize(weight._qdata, weight.params.qtype, weight.shape, out=out)
+
+    def room(self, weight: QuantizedTensor, dtype: torch.dtype) -> torch.Tensor | None:
+        """On a CPU memory that serves one weight after the other: where each takes memory of its
+        own, the system fills that with zeros first, which takes longer than unpacking.
         """
         if not (is_gguf(weight) and weight.device.type == "cpu") or torch.compiler.is_compiling():
-            return dense(weight, dtype)
+            return None
         thread, size = get_ident(), weight.numel() * dtype.itemsize
         if thread not in self.scratch or self.scratch[thread].numel() < size:
             self.scratch.pop(thread, None)
             with torch.inference_mode(False):  # so that it can be written to in any mode
                 self.scratch[thread] = torch.empty(size, dtype=torch.uint8)
-        out = self.scratch[thread][:size].view(dtype).view(weight.shape)
-        return dequantize(weight._qdata, weight.params.qtype, weight.shape, out=out)
+        return self.scratch[thread][:size].view(dtype).view(weight.shape)
 
     def release(self, module: torch.nn.Module) -> None:
         self.kept.pop(module, None)
+
+    def release_merged(self, module: torch.nn.Module) -> None:
+        """Release what is kept with LoRAs in it."""
+        if self.kept.get(module, NONE)[1] is not None:
+            self.release(module)
 
     def settle(self, patcher) -> None:
         """Host's ON_PRE_RUN callback: chooses anew what may be kept."""

@@ -1,18 +1,23 @@
 """LoRA beside a weight instead of in it: y = linear(x, W) + up(down(x)).
 
-A quantised weight need not be rewritten, nor dequantised, patched and kept: the low-rank product of
-all LoRAs on a weight, their ranks side by side, is a few per cent of the layer's own work. What is
+A quantised weight need not be rewritten, nor patched and kept: the low-rank product of all LoRAs on
+a weight, their ranks side by side, is a few per cent of the layer's own work. For many vectors it
+is less work still to add them to the weight as that is unpacked for the product (`merged`). What is
 not low-rank (LoKr, LoHa, OFT, DoRA, whole differences), or scales the weight itself, returns None
 here and is added to the dequantised weight, as the host does it.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from comfy.weight_adapter import LoRAAdapter
+from gguf import GGML_QUANT_SIZES
 from torch import Tensor
 
-from ..quant import low_rank_factors
+from ..quant import dequantize, dequantize_merged, low_rank_factors
+from .layout import dense, is_gguf
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,12 @@ class Term:
 
 
 class SideBranch:
-    """All LoRAs on one weight. Their factors are joined, in the type and on the device of the
-    first input that arrives, and take up their own size there.
+    """All LoRAs on one weight of `shape`. Their factors are joined, in the type and on the device
+    of the first input that arrives, and take up their own size there.
     """
 
-    def __init__(self, terms: list[Term]):
-        self.terms, self.joined, self.made_for = terms, [], None
-        self.factors_of = None  # the weight's shape that they were made for, and they
+    def __init__(self, terms: list[Term], shape: tuple[int, ...]):
+        self.terms, self.shape, self.parts, self.made_for = terms, shape, [], None
 
     @property
     def rank(self) -> int:
@@ -48,35 +52,65 @@ class SideBranch:
 
     def add(self, output: Tensor, input: Tensor) -> Tensor:
         """output (…, rows) + the LoRAs' outputs for input (…, columns); in place."""
-        if self.made_for != (input.dtype, input.device):
-            self.joined, self.made_for = self.join(input), (input.dtype, input.device)
         flat, x = output.view(-1, output.shape[-1]), input.reshape(-1, input.shape[-1])
-        for rows, columns, up, down in self.joined:
+        for rows, columns, up, down in self.joined(input):
             flat[:, rows].addmm_(x[:, columns] @ down, up)
         return output
 
-    def factors(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """All LoRAs on a weight of `shape` for `multiply_many`; None if one of them concerns only
-        a part of it.
-        """
-        if self.factors_of is None or self.factors_of[0] != shape:
-            places = {(_length(term.rows), _length(term.columns)) for term in self.terms}
-            made = None
-            if places == {shape}:
-                _, _, up, down = _join(self.terms, torch.empty(0))
-                made = low_rank_factors(up.T, down.T)
-            self.factors_of = shape, made
-        return self.factors_of[1]
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """All LoRAs for `multiply_many`; None if one of them concerns only a part of the weight."""
+        if {(_length(term.rows), _length(term.columns)) for term in self.terms} != {self.shape}:
+            return None
+        _, _, up, down = _join(self.terms, torch.empty(0))
+        return low_rank_factors(up.T, down.T)
 
-    def join(self, like: Tensor) -> list[tuple[slice, slice, Tensor, Tensor]]:
+    def is_less_merged(self, vectors: int) -> bool:
+        """Whether, with so many vectors, `merged` takes fewer multiplications than `add`."""
+        rows, columns = self.shape
+        return vectors * (rows + columns) > rows * columns
+
+    @cached_property
+    def merges(self) -> bool:
+        """Whether `merged` can be: no two LoRAs share some of their outputs only."""
+        spans = sorted({(term.rows.start, term.rows.stop) for term in self.terms})
+        whole = all(_length(term.columns) == self.shape[1] for term in self.terms)
+        return whole and all(a[1] <= b[0] for a, b in pairwise(spans))
+
+    def merged(self, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight in `dtype` with the LoRAs in it, rounded once; into `out`, where given. Only
+        where `merges`.
+        """
+        if not is_gguf(weight) or self.shape[1] % GGML_QUANT_SIZES[weight.params.qtype][0]:
+            out = dense(weight, dtype).to(dtype, copy=True)
+            for rows, _, up, down in self.joined(out):
+                out[rows].addmm_(up.T, down.T)
+            return out
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=weight.device)
+        blocks, qtype, done = weight._qdata.view(len(out), -1), weight.params.qtype, 0
+        parts = sorted(self.joined(out), key=lambda part: part[0].start)
+        for rows, _, up, down in (*parts, (slice(len(out), len(out)), None, None, None)):
+            if done < rows.start:
+                between = slice(done, rows.start)
+                dequantize(blocks[between], qtype, out[between].shape, out=out[between])
+            if up is not None:
+                dequantize_merged(blocks[rows], qtype, up, down, out[rows])
+            done = rows.stop
+        return out
+
+    def joined(self, like: Tensor) -> list[tuple[slice, slice, Tensor, Tensor]]:
         """(rows, columns, up with its scale, down) for each part of the weight: up (rank, rows) and
         down (columns, rank) as they lie in memory, which such narrow products are faster with.
         """
-        parts = {}
-        for term in self.terms:
-            place = (term.rows.start, term.rows.stop, term.columns.start, term.columns.stop)
-            parts.setdefault(place, []).append(term)
-        return [_join(terms, like) for terms in parts.values()]
+        if self.made_for != (like.dtype, like.device):
+            parts = {}
+            for term in self.terms:
+                place = (term.rows.start, term.rows.stop, term.columns.start, term.columns.stop)
+                parts.setdefault(place, []).append(term)
+            self.parts = [_join(terms, like) for terms in parts.values()]
+            self.made_for = like.dtype, like.device
+        return self.parts
 
 
 def _join(terms: list[Term], like: Tensor):
@@ -93,7 +127,7 @@ def side_branch(patches: list[tuple], shape: tuple[int, ...]) -> SideBranch | No
     `comfy.lora.calculate_weight`, whose result this equals.
     """
     terms = [_term(patch, shape) for patch in patches]
-    return None if any(term is None for term in terms) else SideBranch(terms)
+    return None if any(term is None for term in terms) else SideBranch(terms, shape)
 
 
 def _term(patch: tuple, shape: tuple[int, ...]) -> Term | None:

@@ -12,6 +12,7 @@ from .dequant import (
 )
 from .errors import GGUFError
 from .fused import multiply_fused, prefers_fused
+from .merged import dequantize_merged
 from .pointwise import gelu, rms_norm
 from .quantize import quantize, writable_types
 from .reader import GGUFFile, TensorInfo
@@ -30,6 +31,7 @@ __all__ = [
     "attend",
     "convolves",
     "dequantize",
+    "dequantize_merged",
     "dequantize_rows",
     "gelu",
     "low_rank_factors",

@@ -295,6 +295,11 @@ def rows(size: int, lanes: int) -> int:
     return max(4096 // size, 8 * 32 * _WARPS // lanes)
 
 
+def beside(lanes: int, size: int) -> int:
+    """How many blocks of a row fill the 32 lanes that products shall have; of large ones one."""
+    return 32 // lanes if size == 32 else 1
+
+
 def unpack(blocks: Tensor, qtype: T, out: Tensor) -> None:
     """blocks (n, type_size) uint8 into out, of one of DTYPES; contiguous and on one GPU, both.
 

@@ -25,6 +25,7 @@ from .triton_dequant import (
     OF_A_KIND,
     aligned,
     announce,
+    beside,
     current,
     levels,
 )
@@ -91,11 +92,6 @@ def _linear(
         sums += tl.load(bias + n, mask=n < rows, other=0).to(tl.float32)[None, :]
     to, live = out + m.to(tl.int64)[:, None] * rows + n[None, :], m[:, None] < vectors
     tl.store(to, sums.to(out.dtype.element_ty), mask=live & (n[None, :] < rows))
-
-
-def beside(lanes: int, size: int) -> int:
-    """How many blocks fill the lanes that a product shall have, 32; of large ones one does."""
-    return 32 // lanes if size == 32 else 1
 
 
 def linear(blocks: Tensor, qtype: T, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from fewstep.host import loading, lora
-from fewstep.host.layout import is_gguf
-from fewstep.host.side_branch import side_branch
+from fewstep.host.layout import dense, is_gguf
+from fewstep.host.side_branch import SideBranch, Term, side_branch
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_cpu import float32  # noqa: F401  a fixture
 from fewstep.tests.host.test_loading import QKV, sample, weight
@@ -27,6 +27,14 @@ def models(tmp_path):
     dense = toys.write(tmp_path / "m.gguf", "sd3", toys.mmdit())
     model = loading.load_diffusion_model(str(tmp_path / "m.gguf"))
     return model, comfy.sd.load_diffusion_model_state_dict(dense)
+
+
+@pytest.fixture(params=["beside", "merged"])
+def ways(request, monkeypatch):
+    """How LoRAs meet all products: added to them, or to the weights, as for many vectors."""
+    merged = request.param == "merged"
+    monkeypatch.setattr(SideBranch, "is_less_merged", lambda branch, vectors: merged)
+    return request.param
 
 
 def normal(*shape, seed=0):
@@ -51,7 +59,7 @@ def branch_of(layer):
     return layer.side_branch(layer.waiting_patch())
 
 
-def test_equals_the_lora_on_the_dequantised_model(exact, models):
+def test_equals_the_lora_on_the_dequantised_model(exact, ways, models):
     model, reference = models
     plain = sample(model)
     patched = load(model, low_rank())
@@ -78,7 +86,7 @@ def test_bfloat16_products_err_no_more_with_a_lora_than_without(models):
     )
 
 
-def test_strength_and_removal_take_effect_at_once_and_leave_the_weights_alone(models):
+def test_strength_and_removal_take_effect_at_once_and_leave_the_weights_alone(ways, models):
     model, _ = models
     before = [sample(model), sample(load(model, low_rank(), 0.5)), sample(load(model, low_rank()))]
     places = {name: p.data_ptr() for name, p in model.model.named_parameters()}
@@ -88,19 +96,19 @@ def test_strength_and_removal_take_effect_at_once_and_leave_the_weights_alone(mo
     assert places == {name: p.data_ptr() for name, p in model.model.named_parameters()}
 
 
-def test_ranks_of_several_are_joined_and_take_their_own_size(exact, models):
+def test_ranks_of_several_are_joined_and_take_their_own_size(exact, ways, models):
     model, reference = models
     files = [low_rank(4, 0), low_rank(16, 2, alpha=8.0), low_rank(8, 4)]
     for strength, file in zip((1.0, -0.5, 0.25), files, strict=True):
         model, reference = load(model, file, strength), load(reference, file, strength)
     torch.testing.assert_close(sample(model), sample(reference), **CLOSE)
     branch = branch_of(module(model))
-    (joined,) = branch.joined
+    (joined,) = branch.parts
     assert branch.rank == 28 and branch.elements == 28 * (ROWS + COLUMNS)
     assert joined[2].shape == (28, ROWS) and joined[3].shape == (COLUMNS, 28)
 
 
-def test_a_lora_on_a_part_of_the_weight(exact, models):
+def test_a_lora_on_a_part_of_the_weight(exact, ways, models):
     """As LoRAs trained on separate q, k and v are: the host's patch names the rows."""
     model, reference = (m.clone() for m in models)
     third = ROWS // 3
@@ -112,6 +120,61 @@ def test_a_lora_on_a_part_of_the_weight(exact, models):
             patcher.add_patches({part: adapter}, 0.7)
     torch.testing.assert_close(sample(model), sample(reference), **CLOSE)
     assert branch_of(module(model)).rank == 8
+
+
+def test_parts_are_merged_where_no_two_share_some_rows(exact, models):
+    model, _ = models
+    layer, given = module(model), {}
+    for name, spans in {"apart": [(0, 100), (200, 384)], "across": [(0, 100), (50, 150)]}.items():
+        terms = [
+            Term(normal(b - a, 4), normal(4, COLUMNS, seed=1), 0.5, slice(a, b), slice(0, COLUMNS))
+            for a, b in spans
+        ]
+        given[name] = SideBranch(terms, (ROWS, COLUMNS))
+    assert given["apart"].merges and not given["across"].merges
+    narrow = Term(normal(ROWS, 4), normal(4, 64), 0.5, slice(0, ROWS), slice(0, 64))
+    assert not SideBranch([narrow], (ROWS, COLUMNS)).merges
+    x = normal(7, COLUMNS)
+    for held in (layer.weight, dense(layer.weight)):  # a plain one is left as it is
+        before = dense(held).clone()
+        merged = given["apart"].merged(held, torch.float32)
+        beside = given["apart"].add(torch.nn.functional.linear(x, before), x)
+        torch.testing.assert_close(torch.nn.functional.linear(x, merged), beside, **CLOSE)
+        assert torch.equal(dense(held), before)
+
+
+def test_many_vectors_find_loras_in_the_weight_and_few_beside_it(exact, models, monkeypatch):
+    patched = load(models[0], low_rank())
+    patched.patch_model(CPU)
+    layer, calls, merged = module(patched), [], SideBranch.merged
+    monkeypatch.setattr(SideBranch, "merged", lambda *given: calls.append(0) or merged(*given))
+    border = ROWS * COLUMNS // (ROWS + COLUMNS)
+    few, many = normal(border, COLUMNS), normal(1, border + 1, COLUMNS)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(few), layer(many[0, :-1]), **CLOSE)
+        assert not calls
+        torch.testing.assert_close(layer(many)[0, :-1], layer(many[0, :-1]), **CLOSE)
+    assert len(calls) == 1
+    layer(many)  # autograd keeps the weight for the backward: not a copy with LoRAs
+    assert len(calls) == 1
+
+
+def test_a_gpus_weight_that_stays_unpacked_has_them_in_it(exact, models):
+    patched = load(models[0], low_rank())
+    patched.patch_model(CPU)
+    layer = module(patched)
+    branch, few = branch_of(layer), torch.empty(1, COLUMNS, device="meta")
+    with torch.no_grad():
+        assert not layer.merges(branch, few)
+        layer.gguf_residency.budget = 10**9
+        assert layer.merges(branch, few) and not layer.merges(branch, torch.empty(1, COLUMNS))
+        layer.weight = torch.nn.Parameter(layer.weight.dequantize(), requires_grad=False)
+        assert not layer.merges(branch, few)  # a plain one would be merged each time
+
+
+def test_a_lora_that_is_not_finite_is_not_laid_to_the_file(exact, ways, models):
+    file = {name: factor * torch.nan for name, factor in low_rank().items()}
+    assert sample(load(models[0], file)).isnan().any()
 
 
 def lokr():
@@ -201,7 +264,7 @@ def test_mixed_with_a_dense_one_on_the_same_weight_all_go_the_dense_way(exact, m
     assert torch.equal(sample(model), sample(reference))
 
 
-def test_bias_beside_a_side_branch(exact, models):
+def test_bias_beside_a_side_branch(exact, ways, models):
     model, reference = models
     plain = sample(model)
     file = low_rank() | {f"{KEY}.diff_b": normal(ROWS)}
@@ -219,7 +282,7 @@ def forward(patcher):
 
 
 @pytest.mark.parametrize("make", [low_rank, *DENSE])
-def test_loaded_fully_or_partly_and_in_any_order_it_is_the_same(exact, models, make):
+def test_loaded_fully_or_partly_and_in_any_order_it_is_the_same(exact, ways, models, make):
     patched, reference = (load(m, make() | {f"{KEY}.diff_b": normal(ROWS)}) for m in models)
     reference.patch_model(CPU)
     truth, size = forward(reference), patched.model_size()
@@ -242,7 +305,7 @@ def test_loaded_fully_or_partly_and_in_any_order_it_is_the_same(exact, models, m
     assert is_gguf(weight(patched))
 
 
-def test_dynamic_vrams_patch_is_a_side_branch_too(exact, models):
+def test_dynamic_vrams_patch_is_a_side_branch_too(exact, ways, models):
     """What the host's dynamic VRAM does on a GPU: it sets `weight_lowvram_function`."""
     model, _ = models
     patched, layer, x = load(model, low_rank()), module(model), torch.randn(2, COLUMNS)

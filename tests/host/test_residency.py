@@ -16,7 +16,7 @@ from fewstep.host.layout import is_gguf
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_cpu import bfloat16, float32  # noqa: F401  fixtures
 from fewstep.tests.host.test_loading import sample
-from fewstep.tests.host.test_lora import load, lokr, low_rank
+from fewstep.tests.host.test_lora import load, lokr, low_rank, ways  # noqa: F401  a fixture
 
 CPU = torch.device("cpu")
 
@@ -49,6 +49,23 @@ def test_draws_the_same_whatever_is_kept(products, path, memory, make):
     assert all(map(torch.equal, draw(memory), draw("low")))
 
 
+def test_what_is_kept_with_loras_in_it_follows_them(path, ways):  # noqa: F811
+    def draw(memory):
+        model = loading.load_diffusion_model(path, memory)
+        loras = [(low_rank(), 1.0), (low_rank(), 0.5), (low_rank(seed=5), 0.5)]
+        models = [model, *(load(model, *lora) for lora in loras), model]
+        drawn, merged = [], []
+        for patched in models:
+            drawn.append(sample(patched))
+            merged.append(sum(branch is not None for _, branch in kept_by(model).kept.values()))
+        return drawn, merged
+
+    (kept, merged), (low, _) = draw("2 GB"), draw("low")
+    assert all(map(torch.equal, kept, low)) and torch.equal(kept[0], kept[4])
+    assert len({picture.sum().item() for picture in kept}) == 4
+    assert merged == ([0, 1, 1, 1, 0] if ways == "merged" else [0] * 5)
+
+
 def test_low_keeps_nothing(path):
     model = loading.load_diffusion_model(path)
     sample(model)
@@ -66,9 +83,9 @@ def test_a_budget_is_kept_to_and_goes_to_the_most_used(path):
     kept.budget = whole // 2
     sample(model)
     assert 0 < kept.size <= whole // 2 and hot in kept.kept
-    places = {m: w.data_ptr() for m, w in kept.kept.items()}
+    places = {m: w.data_ptr() for m, (w, _) in kept.kept.items()}
     sample(model)
-    assert places == {m: w.data_ptr() for m, w in kept.kept.items()}  # no coming and going
+    assert places == {m: w.data_ptr() for m, (w, _) in kept.kept.items()}  # no coming and going
 
 
 def test_auto_takes_what_is_free_and_gives_it_back(path, monkeypatch):
@@ -134,9 +151,9 @@ def test_is_given_back_when_the_host_asks(path):
     management.unload_all_models()
     assert kept.size == 0
     sample(load(model, low_rank()))  # a clone takes over what is loaded
-    places = [w.data_ptr() for w in kept.kept.values()]
+    places = [w.data_ptr() for w, _ in kept.kept.values()]
     sample(model)
-    assert places and places == [w.data_ptr() for w in kept.kept.values()]
+    assert places and places == [w.data_ptr() for w, _ in kept.kept.values()]
 
 
 def test_goes_with_the_model(path):

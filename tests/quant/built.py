@@ -6,8 +6,10 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-POINTERS = {"data": "*u8", "levels": "*fp32", "x": "*{}", "bias": "*{}", "out": "*{}"}
-TIMES_16 = {*POINTERS, "rows", "columns"}  # addresses, as torch gives them; a model's sizes
+POINTERS = {"data": "*u8", "levels": "*fp32"} | dict.fromkeys(
+    ("x", "bias", "up", "down", "out"), "*{}"
+)
+TIMES_16 = {*POINTERS, "rows", "columns", "rank"}  # addresses, as torch gives them; a model's sizes
 
 
 def dequantize(dequant, qtype, gpu=("cuda", 80, 32), dtype="bf16"):
@@ -20,9 +22,18 @@ def dequantize(dequant, qtype, gpu=("cuda", 80, 32), dtype="bf16"):
 def product(linear, dequant, qtype, M, gpu=("cuda", 80, 32), dtype="bf16"):
     """The product of M vectors as triton_linear.py, here `linear`, starts it."""
     constants = _constants(dequant, qtype)
-    beside = linear.beside(constants["lanes"], constants["size"])
-    constants |= {"take": linear._add_product, "beside": beside, "M": M, "N": linear._ROWS}
+    at_once = dequant.beside(constants["lanes"], constants["size"])
+    constants |= {"take": linear._add_product, "beside": at_once, "M": M, "N": linear._ROWS}
     return _build(linear._linear, constants, gpu, dtype, num_stages=1)
+
+
+def merge(merged, dequant, qtype, R, gpu=("cuda", 80, 32), dtype="bf16"):
+    """Dequantising with LoRAs of R ranks as triton_merged.py, here `merged`, starts it."""
+    constants = _constants(dequant, qtype)
+    at_once = dequant.beside(constants["lanes"], constants["size"])
+    constants |= {"take": merged._store_sum, "beside": at_once, "N": merged._ROWS, "R": R}
+    constants["turns"] = merged._COLUMNS // (constants["size"] * at_once)
+    return _build(merged._merge, constants, gpu, dtype, num_stages=merged._STAGES)
 
 
 def _constants(dequant, qtype):
