@@ -31,7 +31,8 @@ def test_instructions_are_counted_by_unit_to_the_last_exit():
 
 
 def test_a_bound_is_a_share_of_the_bytes_time():
-    gpu = sass.Gpu(90, multiprocessors=100, gigahertz=1, terabytes=1)
-    bounds = sass.bound(sass.count(CODE, 8, False), weights=32, octets=2.5, gpu=gpu)
+    gpu = sass.Gpu(90, multiprocessors=100, gigahertz=1, terabytes=1, products=1024)
+    bounds = sass.bound(sass.count(CODE, 8, False), weights=32, octets=2.5, gpu=gpu, ranks=64)
+    assert bounds["tensor"] == pytest.approx(bounds["memory"] * 2 / 6)
     assert bounds["memory"] == pytest.approx(6 / 1e11 / (32 * 2.5 / 0.9e12))
     assert max(bounds, key=bounds.get) == "memory"
