@@ -134,9 +134,9 @@ def multiply_packed(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     for more, where the weight is large, in `product_dtype`, with sums and results in float32. The
     weight must be as it was loaded: neither patches nor functions of the host but the side branch.
     """
-    weight, bias = module.weight, module.bias
-    if not is_gguf(weight) or not may_choose(module, input):
+    if not may_choose(module, input) or not is_gguf(module.weight):
         return None
+    weight, bias = module.weight, module.bias
     blocks, qtype = weight._qdata, weight.params.qtype
     flat, dtype = input.reshape(-1, input.shape[-1]), product_dtype(module, input)
     output = multiply_few(blocks, qtype, flat, dtype)

@@ -6,7 +6,7 @@ multiplying it. `quant/fused.py` does both in one kernel, where it has timed tha
 
 import torch
 
-from ..quant import multiply_fused, prefers_fused
+from ..quant.fused import MOST, multiply_fused, prefers_fused
 from .layout import is_gguf
 
 
@@ -17,7 +17,7 @@ def multiply_on_gpu(module: torch.nn.Module, input: torch.Tensor, branch) -> tor
     The weight must be as it was loaded: neither patches nor functions of the host but the side
     branch.
     """
-    if not _may(module):
+    if input.numel() > MOST * input.shape[-1] or not _may(module):
         return None
     blocks, qtype = module.weight._qdata, module.weight.params.qtype
     flat = input.reshape(-1, input.shape[-1])

@@ -150,14 +150,38 @@ class _TakeOver(TakesHooks):
         is computed `beside` the weight, or is a side `branch` that is merged into it; and the
         host's return token. `transient`: until the next.
         """
-        functions = self.weight_function
+        weight, bias, stream, functions = self.weight, self.bias, None, self.weight_function
         ours = waiting is not None and (beside or waiting not in functions)
-        if ours:  # `waiting` holds what the host hung among the functions
+        there = weight.device == device and (bias is None or bias.device == device)
+        if there and not (functions or self.bias_function or "_v" in self.__dict__):
+            bias = None if bias is None else bias.to(dtype)  # as the host would, only sooner
+        else:
+            weight, bias, stream = self.cast_by_host(dtype, device, ours)
+        patched = ours and not beside
+        if isinstance(weight, QuantizedTensor):
+            if patched:
+                weight = dense(weight, dtype)
+            else:
+                weight = self.gguf_residency.dense(self, weight, dtype, transient, branch)
+        elif branch is not None:
+            weight = branch.merged(weight, dtype)
+        else:
+            weight = weight.to(dtype)
+        if patched:
+            weight = waiting(weight.clone() if weight is self.weight else weight)
+        return weight, bias, stream
+
+    def cast_by_host(self, dtype, device, ours):
+        """As `cast`, with what is quantised still packed where it can be; without the host's patch
+        from among the functions if that is `ours` to apply.
+        """
+        functions = self.weight_function
+        if ours:
             self.weight_function = [f for f in functions if not is_loaders(f)]
         try:
             # asked for a quantised weight in its own type, the host leaves the unpacking to us
             packed = self.comes_packed(device) and not self.weight_function
-            weight, bias, stream = comfy.ops.cast_bias_weight(
+            return comfy.ops.cast_bias_weight(
                 self,
                 dtype=self.weight.dtype if packed else dtype,
                 device=device,
@@ -167,17 +191,6 @@ class _TakeOver(TakesHooks):
         finally:
             if ours:
                 self.weight_function = functions
-        patched = ours and not beside
-        if isinstance(weight, QuantizedTensor):
-            if patched:
-                weight = dense(weight, dtype)
-            else:
-                weight = self.gguf_residency.dense(self, weight, dtype, transient, branch)
-        elif branch is not None:
-            weight = branch.merged(weight, dtype)
-        if patched:
-            weight = waiting(weight.clone() if weight is self.weight else weight)
-        return weight, bias, stream
 
     def comes_packed(self, device) -> bool:
         """Whether the host can hand the weight over on `device` as blocks. On the CPU, which is not
@@ -198,7 +211,7 @@ class _TakeOver(TakesHooks):
         weight, bias, stream = given
         output = function(input, weight, bias)
         self.uncast(weight, bias, stream)
-        if not torch.compiler.is_compiling() and not self.gguf_checked:
+        if not self.gguf_checked and not torch.compiler.is_compiling():
             self.check(input, output)
         return output
 

@@ -34,6 +34,7 @@ class Fallback:
 
     def __init__(self, doing: str):
         self.doing, self.failed, self.told = doing, set(), set()
+        self.capable = {}  # GPU -> its compute capability: asking takes as long as a small kernel
 
     def allows(self, kind: tuple, least: Capability) -> bool:
         """Whether no kernel of the kind has failed, and the GPU, if it is one of NVIDIA's, has the
@@ -44,7 +45,9 @@ class Fallback:
             return False
         if device.type != "cuda" or torch.version.hip is not None:
             return True
-        capability = torch.cuda.get_device_capability(device)
+        if device not in self.capable:
+            self.capable[device] = torch.cuda.get_device_capability(device)
+        capability = self.capable[device]
         if capability < least:
             why = "compute capability {}.{}, not {}.{}".format(*capability, *least)
             self._tell(f"in {dtype} on {device}", why)
