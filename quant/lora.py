@@ -6,6 +6,7 @@ arithmetic.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -236,12 +237,14 @@ def _check_shape(path: str, layer: str, part: Part, weight: StoredTensor) -> Non
 def parse_lora(text: str) -> tuple[str, float]:
     """'file.safetensors:0.8' -> (file, strength); without a strength, 1.
 
-    Raises: GGUFError for NaN and infinity.
+    Raises: GGUFError for NaN and infinity, and for what is no number after a file that there is.
     """
     path, sign, given = text.rpartition(":")
     try:
         strength = float(given)
     except ValueError:
+        if not os.path.exists(text) and os.path.isfile(path):
+            raise GGUFError(f"{text!r}: {given!r} is no strength: it takes a number") from None
         return text, 1.0
     if not math.isfinite(strength):
         raise GGUFError(f"{text!r}: {given} is no strength")

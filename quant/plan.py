@@ -214,8 +214,9 @@ def _kept(name: str, tensor: StoredTensor, row: Architecture) -> tuple[T, str] |
         return T.F32, "small"
     if any(part in name for part in row.exact):
         return T.F32, "exact"
-    if tensor.qtype in QTYPES and (_delicate(name, row) or len(tensor.shape) > 2):
-        return tensor.qtype, "delicate: as in the source"
+    stored = _before_loras(tensor)
+    if stored in QTYPES and (_delicate(name, row) or len(tensor.shape) > 2):
+        return stored, "delicate: as in the source"
     if not name.endswith(".weight") or len(tensor.shape) not in (2, 4):
         # A bare parameter or a 1- or 3-D convolution: city96's loader does not unpack their bf16.
         small = tensor.numel <= LARGE_PARAMETER and tensor.qtype is not T.F16
@@ -229,6 +230,11 @@ def _kept(name: str, tensor: StoredTensor, row: Architecture) -> tuple[T, str] |
 
 def _delicate(name: str, row: Architecture) -> bool:
     return any(part in name for part in row.keep)
+
+
+def _before_loras(tensor: StoredTensor) -> T | None:
+    """Its type in the source, LoRAs or none: 'Q8_0 + LoRA' was Q8_0."""
+    return T.__members__.get(tensor.label.partition(" + ")[0])
 
 
 def _half(tensor: StoredTensor) -> T:

@@ -6,7 +6,10 @@ from fewstep.quant import GGUFError, GGUFFile, quantize
 from fewstep.quant.__main__ import main
 from fewstep.quant.lora import bake, parse_lora
 from fewstep.quant.lora_names import targets
+from fewstep.quant.plan import make_plan
+from fewstep.quant.recipes import recipe_of_type
 from fewstep.quant.sources import open_source
+from fewstep.quant.writer import write_gguf
 from fewstep.tests.quant import models
 from gguf import GGMLQuantizationType as T
 from safetensors.torch import save_file
@@ -236,6 +239,30 @@ def test_pickles_and_missing_files_are_told(tmp_path, model, capsys):
     assert not (tmp_path / "o.gguf").exists()
 
 
+def test_what_was_quantised_and_delicate_stays_in_its_type(tmp_path):
+    """As in the source, not as floats: the file would grow."""
+    delicate = "final_layer.linear"
+    blocks = {
+        name: (quantize(tensor.float(), T.Q8_0), T.Q8_0, tensor.shape)
+        if name in (f"{QKV}.weight", f"{delicate}.weight")
+        else tensor
+        for name, tensor in models.sd3(width=WIDTH).items()
+    }
+    write_gguf(tmp_path / "m.gguf", "sd3", {}, blocks.items())
+    up, down = factors(64, WIDTH)
+    lora = save(
+        tmp_path / "l.safetensors",
+        {f"{delicate}.lora_up.weight": up, f"{delicate}.lora_down.weight": down},
+    )
+    baked = bake(open_source(str(tmp_path / "m.gguf")), [(lora, 1.0)])
+    (choice,) = (
+        choice
+        for choice in make_plan(baked, recipe_of_type(T.Q4_0)).choices
+        if choice.name == f"{delicate}.weight"
+    )
+    assert choice.qtype is T.Q8_0 and choice.source.qtype is None  # made anew, not copied
+
+
 def test_strengths():
     assert parse_lora("a.safetensors:0.8") == ("a.safetensors", 0.8)
     assert parse_lora("a.safetensors:-1") == ("a.safetensors", -1.0)
@@ -244,6 +271,16 @@ def test_strengths():
 
     with pytest.raises(GGUFError, match="nan is no strength"):
         parse_lora("a.safetensors:nan")
+
+
+def test_a_strength_that_is_no_number_is_told_of_a_file_that_there_is(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.touch()
+    with pytest.raises(GGUFError, match="'abc' is no strength: it takes a number"):
+        parse_lora(f"{file}:abc")
+    odd = tmp_path / "a.safetensors:abc"
+    odd.touch()
+    assert parse_lora(str(odd)) == (str(odd), 1.0)
 
 
 def test_rows_of_fused_weights_cover_them_once():
