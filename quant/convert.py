@@ -74,10 +74,17 @@ def convert(
         size=path.stat().st_size,
         architecture=plan.architecture.tag,
         rows=list(rows.values()),
-        notes=[*plan.notes, *work.notes],
+        notes=[*plan.notes, *_nothing_new(plan), *work.notes],
         source_size=sum(choice.source.nbytes for choice in plan.choices),
         seconds=time.monotonic() - options.started,
     )
+
+
+def _nothing_new(plan: Plan) -> list[str]:
+    quantised = [choice for choice in plan.choices if choice.qtype not in PLAIN_TYPES]
+    if not quantised or not all(map(_copied, quantised)):
+        return []
+    return ["nothing was quantised: the source's blocks are of these types, or smaller, already"]
 
 
 def check_destination(plan: Plan, path: Path, size: int | None = None) -> None:

@@ -65,6 +65,14 @@ def test_delicate_and_small_tensors_keep_their_bits(tmp_path, source):
     assert tensors["x_embedder.proj.bias"].qtype is T.F32
 
 
+def test_a_source_of_these_types_is_told(tmp_path, source):
+    assert not any("nothing" in note for note in make(source[0], tmp_path / "a.gguf", T.Q8_0).notes)
+    again = make(str(tmp_path / "a.gguf"), tmp_path / "b.gguf", T.Q8_0)
+    assert any("nothing was quantised" in note for note in again.notes)
+    smaller = make(str(tmp_path / "a.gguf"), tmp_path / "c.gguf", T.Q4_0)
+    assert not any("nothing" in note for note in smaller.notes)
+
+
 def test_gguf_py_reads_it_and_the_fields_are_there(tmp_path, source):
     fields = {"fewstep.version": 1, "fewstep.sigmas.2": [1.0, 0.5, 0.0]}
     make(source[0], tmp_path / "a.gguf", T.Q8_0, fields)
