@@ -628,6 +628,8 @@ def describe_refusal(graph, answer):
     for node_id, node in (answer.get("node_errors") or {}).items():
         for error in node["errors"]:
             lines.append(f"  {title(graph, node_id)}: {error['message']}: {error['details']}")
+    if any("not in list" in line for line in lines):
+        lines.append("A file that is missing goes where README.md, Which file goes where, says.")
     return "ComfyUI refused the workflow. " + "\n".join(lines)
 
 

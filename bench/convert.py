@@ -95,7 +95,9 @@ def node_run(source: Path, target: Path, qtype: str, threads: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.convert", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("ggml", type=Path, help="ggml's source folder, or a shared library of it")
     parser.add_argument("--types", type=lambda text: text.split(","), default=["Q6_K", "Q4_K"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -69,7 +69,9 @@ def compare(weights: list[Tensor]) -> Iterator[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.effort", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("models", type=Path, nargs="*", default=DEMO)
     parser.add_argument("--limit", type=int, default=2**22, help="weights taken of each model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

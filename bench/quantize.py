@@ -85,7 +85,9 @@ def compare(options: argparse.Namespace) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.quantize", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("ggml", type=Path, help="ggml's source folder, or a shared library of it")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--size", type=int, default=2**24, help="weights in the matrix")

@@ -18,6 +18,7 @@ import argparse
 import importlib
 import re
 from collections import Counter, namedtuple
+from datetime import date
 from itertools import product
 from pathlib import Path
 
@@ -115,8 +116,8 @@ def measure() -> list[dict]:
 
 def report(result: dict) -> str:
     about = (
-        f"Counted from what Triton {result['triton']} makes, not measured: the busiest unit's time "
-        "over that of the bytes (instructions a weight, registers, spills)."
+        f"Counted from what Triton {result['triton']} makes ({result['date']}), not measured: the "
+        "busiest unit's time over that of the bytes (instructions a weight, registers, spills)."
     )
     head = ["# Dequantising to bfloat16 on GPUs", "", about, ""]
     lora = ["", f"## With LoRAs of {RANKS} ranks in the weights", ""]
@@ -142,7 +143,8 @@ def main() -> None:
     except ImportError:
         parser.error("needs triton: on Linux, `pip install triton` (`run.py test` does)")
     importlib.import_module("run").load_pack("fewstep")
-    result = {"triton": triton.__version__, "rows": measure()}
+    about = {"triton": triton.__version__, "date": date.today().isoformat()}
+    result = about | {"rows": measure()}
     keep(options, "sass", result, report(result))
 
 

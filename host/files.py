@@ -46,7 +46,7 @@ def read(path: str) -> tuple[dict[str, torch.Tensor], dict]:
         if head.startswith(b"GGUF"):
             what = "a GGUF file: rename it to .gguf"
         elif head and head[8:9] != b"{":
-            what = sniff.describe(head)
+            what = sniff.describe(head, "it again")
         raise ValueError(f"{path} is no whole safetensors file; it seems to be {what}") from error
     return state_dict, header or {}
 

@@ -1,5 +1,6 @@
 """The one error that `quant` raises for bad input."""
 
+ANEW = "it again, or another GGUF or safetensors file"
 DAMAGED = "the file is incomplete or damaged: download it again"
 
 

@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType as T
 
 from . import sniff
-from .errors import DAMAGED, GGUFError
+from .errors import ANEW, DAMAGED, GGUFError
 from .stored import StoredTensor, plain_decoder
 
 DTYPES: dict[str, tuple[torch.dtype, T | None]] = {
@@ -115,7 +115,7 @@ def _parse(file: BinaryIO) -> tuple[dict, int, int]:
     size, head = os.fstat(file.fileno()).st_size, file.read(64)
     length = int.from_bytes(head[:8], "little")
     if head[8:9] != b"{" or length > _MAX_HEADER:
-        what = sniff.describe(head) if head else "empty: download it again"
+        what = sniff.describe(head, ANEW) if head else "empty: download it again"
         raise GGUFError(f"not a safetensors file but {what}")
     if 8 + length > size:
         raise GGUFError("the header is cut short: download it again")

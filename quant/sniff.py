@@ -16,8 +16,9 @@ _SIGNATURES: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def describe(head: bytes) -> str:
+def describe(head: bytes, instead: str = "a GGUF file") -> str:
     """One clause for an error message. `head`: at least the first 16 bytes, if there are any.
+    `instead`: what to get where no more can be told.
 
     A safetensors file begins with the length of its JSON header as uint64, so byte 8 is "{".
     """
@@ -27,4 +28,4 @@ def describe(head: bytes) -> str:
     for signature, meaning in _SIGNATURES:
         if start.startswith(signature):
             return meaning
-    return f"unknown (it begins with {head[:4]!r}): get a GGUF file"
+    return f"unknown (it begins with {head[:4]!r}): get {instead}"

@@ -11,7 +11,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES
 
 from . import sniff
-from .errors import GGUFError
+from .errors import ANEW, GGUFError
 from .header import DTYPES as ARRAY_DTYPES
 from .reader import ORIG_SHAPE, GGUFFile
 from .safetensors_file import BESIDE, MARKER, join_scales, read_header
@@ -74,7 +74,7 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     if (match := _SHARD.fullmatch(path)) is not None:
         return _from_shards(path, _numbered(match))
     if head[8:9] != b"{":
-        what = sniff.describe(head) if head else "empty: download it again"
+        what = sniff.describe(head, ANEW) if head else "empty: download it again"
         raise GGUFError(f"{path}: neither GGUF nor safetensors but {what}")
     tensors, texts = read_header(path)
     return Source(path, tensors, (path,), _metadata_from_texts(texts))

@@ -262,7 +262,11 @@ def test_refusals_and_errors_name_the_node():
     graph = {"4": {"class_type": "VAEDecode", "inputs": {}, "_meta": {"title": "Decode"}}}
     problem = {"message": "Value not in list", "details": "vae_name: 'x' not in []"}
     refusal = {"error": {"message": "invalid prompt"}, "node_errors": {"4": {"errors": [problem]}}}
-    assert "node 4, Decode: Value not in list: vae_name" in run.describe_refusal(graph, refusal)
+    told = run.describe_refusal(graph, refusal)
+    assert "node 4, Decode: Value not in list: vae_name" in told
+    assert told.endswith(
+        "A file that is missing goes where README.md, Which file goes where, says."
+    )
     error = {"node_id": "4", "exception_type": "ValueError", "exception_message": "bad file\n"}
     said = run.describe_error(graph, [["execution_start", {}], ["execution_error", error]])
     assert said == "node 4, Decode: ValueError: bad file"
