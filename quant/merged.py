@@ -31,16 +31,13 @@ def dequantize_merged(
     if _by_kernel(blocks, qtype, up, down, out):
         return out
     step = max(1, (_CPU_TILE if out.is_cpu else _DEVICE_TILE) // out.shape[1])
+    up, down, whole = up.float().T, down.float().T, out.dtype == torch.float32
     for first in range(0, len(out), step):
         rows = slice(first, first + step)
-        tile = (
-            out[rows]
-            if out.dtype == torch.float32
-            else torch.empty_like(out[rows], dtype=torch.float32)
-        )
+        tile = out[rows] if whole else torch.empty_like(out[rows], dtype=torch.float32)
         dequantize(blocks[rows], qtype, tile.shape, out=tile)
-        tile.addmm_(up[:, rows].float().T, down.float().T)
-        if out.dtype != torch.float32:
+        tile.addmm_(up[rows], down)
+        if not whole:
             out[rows] = tile
     return out
 

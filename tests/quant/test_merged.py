@@ -4,13 +4,13 @@ and that Triton can build it for GPUs.
 
 import importlib
 import logging
-import sys
 
 import pytest
 import torch
 from fewstep.quant import QTYPES, dequantize, dequantize_merged
 from fewstep.quant.kernels import Fallback
 from fewstep.tests.quant import built
+from fewstep.tests.quant.interpreted import fixtures
 from fewstep.tests.quant.test_linear import matrix, normal
 from fewstep.tests.quant.test_triton import TYPES, Failing
 from fewstep.tests.quant.test_triton_linear import GPUS, PRODUCT, ROUNDING
@@ -21,30 +21,7 @@ MERGED = importlib.import_module("fewstep.quant.merged")
 NAMES = ("fewstep.quant.triton_merged", "fewstep.quant.triton_dequant")
 ROWS = 70  # one program's and a part of another's
 
-
-def fresh(monkeypatch, interpret):
-    monkeypatch.setenv("TRITON_INTERPRET", interpret)  # looked at when a kernel is defined
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module(NAMES[0])
-
-
-def forget():
-    for name in NAMES:
-        sys.modules.pop(name)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    yield fresh(monkeypatch, "1")
-    forget()
-
-
-@pytest.fixture
-def for_gpus(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    yield fresh(monkeypatch, "0")
-    forget()
+kernels, for_gpus = fixtures(*NAMES)
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ can build it for a GPU, which needs none either.
 
 import importlib
 import re
-import sys
 
 import pytest
 import torch
 from fewstep.quant import QTYPES
+from fewstep.tests.quant.interpreted import fixtures
 from fewstep.tests.quant.test_linear import matrix, normal
 from fewstep.tests.quant.test_triton import TYPES
 from gguf import GGMLQuantizationType as T
@@ -20,30 +20,7 @@ NAMES = ("fewstep.quant.triton_linear", "fewstep.quant.triton_dequant")
 ROUNDING = {torch.float32: 0, torch.float16: 2**-11, torch.bfloat16: 2**-7}
 ROWS = 40  # one program's rows and a part of another's
 
-
-def fresh(monkeypatch, interpret):
-    monkeypatch.setenv("TRITON_INTERPRET", interpret)  # looked at when a kernel is defined
-    for name in NAMES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    return importlib.import_module(NAMES[0])
-
-
-def forget():
-    for name in NAMES:
-        sys.modules.pop(name)
-
-
-@pytest.fixture
-def kernels(monkeypatch):
-    yield fresh(monkeypatch, "1")
-    forget()
-
-
-@pytest.fixture
-def for_gpus(monkeypatch, tmp_path):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    yield fresh(monkeypatch, "0")
-    forget()
+kernels, for_gpus = fixtures(*NAMES)
 
 
 def three_blocks(qtype):
