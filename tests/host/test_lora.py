@@ -1,6 +1,7 @@
 """Stock LoRA loaders on GGUF models: side branches equal to patched weights, however loaded."""
 
 import logging
+from types import SimpleNamespace
 
 import comfy.model_patcher
 import comfy.sd
@@ -10,11 +11,14 @@ from comfy.weight_adapter import LoRAAdapter
 from fewstep.host import loading, lora
 from fewstep.host.layout import dense, is_gguf
 from fewstep.host.side_branch import SideBranch, Term, side_branch
+from fewstep.quant import dequantize, quantize
 from fewstep.tests.host import toys
 from fewstep.tests.host.test_cpu import float32  # noqa: F401  a fixture
 from fewstep.tests.host.test_loading import QKV, sample, weight
+from fewstep.tests.quant.elsewhere import Elsewhere
+from gguf import GGMLQuantizationType as T
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("mps")  # one that needs no kernels of ours
 ROWS, COLUMNS = 384, 128  # of QKV
 KEY = f"diffusion_model.{QKV}"
 # A side branch sums the same products in another order, in float32.
@@ -141,6 +145,25 @@ def test_parts_are_merged_where_no_two_share_some_rows(exact, models):
         beside = given["apart"].add(torch.nn.functional.linear(x, before), x)
         torch.testing.assert_close(torch.nn.functional.linear(x, merged), beside, **CLOSE)
         assert torch.equal(dense(held), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_mixes_no_devices(dtype, monkeypatch):
+    """The weight lies on a GPU, a LoRA's factors where they were loaded."""
+    up, down = normal(40, 4), normal(4, COLUMNS, seed=1)
+    branch = SideBranch([Term(up, down, 0.5, slice(10, 50), slice(0, COLUMNS))], (ROWS, COLUMNS))
+    blocks = quantize(normal(ROWS, COLUMNS, seed=2), T.Q8_0)
+    truth = dequantize(blocks, T.Q8_0, (ROWS, COLUMNS))
+    truth[10:50] += 0.5 * up @ down
+    monkeypatch.setattr("fewstep.host.side_branch.is_gguf", lambda weight: True)
+    with Elsewhere(GPU):
+        there = SimpleNamespace(
+            _qdata=blocks.to(GPU), params=SimpleNamespace(qtype=T.Q8_0), device=GPU
+        )
+        merged = branch.merged(there, dtype)
+        assert merged.device == GPU
+        merged = merged.cpu()
+    torch.testing.assert_close(merged, truth.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-3)
 
 
 def test_many_vectors_find_loras_in_the_weight_and_few_beside_it(exact, models, monkeypatch):
