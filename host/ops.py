@@ -309,13 +309,15 @@ def gguf_ops(
 
             def merges(self, branch, x):
                 """Whether LoRAs are added to the unpacked weight, not to the product: where that
-                is less work, or is done once, as a GPU's weight stays unpacked.
+                is less work, or, on a GPU, done in passing, or once, as the weight stays unpacked.
                 """
                 if branch is None or not branch.merges or torch.is_grad_enabled():
                     return False
-                quantised = isinstance(self.weight, QuantizedTensor)
-                kept = quantised and not x.is_cpu and self.gguf_residency.keeps(self)
-                return kept or branch.is_less_merged(x.numel() // x.shape[-1])
+                if branch.is_less_merged(x.numel() // x.shape[-1]):
+                    return True
+                if x.is_cpu or not isinstance(self.weight, QuantizedTensor):
+                    return False
+                return self.gguf_residency.keeps(self) or branch.merges_unpacking(self.weight, x)
 
             def multiply_turned(self, input, branch):
                 weight, bias, stream = self.cast_packed(input)

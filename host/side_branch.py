@@ -1,10 +1,10 @@
 """LoRA beside a weight instead of in it: y = linear(x, W) + up(down(x)).
 
 A quantised weight need not be rewritten, nor patched and kept: the low-rank product of all LoRAs on
-a weight, their ranks side by side, is a few per cent of the layer's own work. For many vectors it
-is less work still to add them to the weight as that is unpacked for the product (`merged`). What is
-not low-rank (LoKr, LoHa, OFT, DoRA, whole differences), or scales the weight itself, returns None
-here and is added to the dequantised weight, as the host does it.
+a weight, their ranks side by side, is a few per cent of the layer's own work. For many vectors, or
+by a GPU's kernel, it is less work still to add them to the weight as that is unpacked for its
+product (`merged`). What is not low-rank (LoKr, LoHa, OFT, DoRA, whole differences), or scales the
+weight itself, returns None here and is added to the dequantised weight, as the host does it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from comfy.weight_adapter import LoRAAdapter
 from gguf import GGML_QUANT_SIZES
 from torch import Tensor
 
-from ..quant import dequantize, dequantize_merged, low_rank_factors
+from ..quant import dequantize, dequantize_merged, low_rank_factors, merges_unpacking
 from .layout import dense, is_gguf
 
 
@@ -76,6 +76,11 @@ class SideBranch:
         spans = sorted({(term.rows.start, term.rows.stop) for term in self.terms})
         whole = all(_length(term.columns) == self.shape[1] for term in self.terms)
         return whole and all(a[1] <= b[0] for a, b in pairwise(spans))
+
+    def merges_unpacking(self, weight: Tensor, like: Tensor) -> bool:
+        """Whether `merged` takes hardly longer than to unpack the weight for an input `like`."""
+        rank = max(len(up) for _, _, up, _ in self.joined(like))
+        return is_gguf(weight) and merges_unpacking(weight.params.qtype, like, self.shape[1], rank)
 
     def merged(self, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight in `dtype` with the LoRAs in it, rounded once; into `out`, where given. Only

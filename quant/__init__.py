@@ -12,7 +12,7 @@ from .dequant import (
 )
 from .errors import GGUFError
 from .fused import multiply_fused, prefers_fused
-from .merged import dequantize_merged
+from .merged import dequantize_merged, merges_unpacking
 from .pointwise import gelu, rms_norm
 from .quantize import quantize, writable_types
 from .reader import GGUFFile, TensorInfo
@@ -35,6 +35,7 @@ __all__ = [
     "dequantize_rows",
     "gelu",
     "low_rank_factors",
+    "merges_unpacking",
     "multiplies_many",
     "multiply_few",
     "multiply_fused",

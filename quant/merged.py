@@ -2,7 +2,8 @@
 
 Beside a matrix, a LoRA's work grows with the vectors that are multiplied; in it, with the matrix.
 So for many vectors the sum of both, rounded once, is the cheaper way. A Triton kernel makes it as
-it unpacks, on tensor cores; elsewhere torch adds to the floats, some rows at a time.
+it unpacks, on tensor cores, which is cheaper for few, too, if the matrix is unpacked for them at
+all; elsewhere torch adds to the floats, some rows at a time.
 """
 
 from functools import cache
@@ -42,27 +43,35 @@ def dequantize_merged(
     return out
 
 
+def merges_unpacking(qtype: GGMLQuantizationType, x: Tensor, columns: int, rank: int) -> bool:
+    """Whether `dequantize_merged` has a kernel for matrices on x's device, in x's type: one that
+    takes hardly more time than dequantising.
+    """
+    if torch.compiler.is_compiling() or (kernels := _kernels(x.device.type)) is None:
+        return False
+    return (
+        qtype in kernels.COMPILED
+        and x.dtype in kernels.DTYPES
+        and not columns % GGML_QUANT_SIZES[qtype][0]
+        and rank <= kernels.MOST
+        and _fallback.allows((qtype, x.dtype, x.device), _LEAST)
+    )
+
+
 def _by_kernel(
     blocks: Tensor, qtype: GGMLQuantizationType, up: Tensor, down: Tensor, out: Tensor
 ) -> bool:
     """Whether a kernel has made the sum."""
-    if torch.compiler.is_compiling() or (kernels := _kernels(out.device.type)) is None:
-        return False
     block_size, type_size = GGML_QUANT_SIZES[qtype]
-    kind, columns = (qtype, out.dtype, out.device), out.shape[1]
-    if (
-        qtype not in kernels.COMPILED
-        or out.dtype not in kernels.DTYPES
-        or columns % block_size
-        or blocks.shape != (len(out), columns // block_size * type_size)
-        or len(up) > kernels.MOST
-        or not _fallback.allows(kind, _LEAST)
-    ):
+    rows, columns = out.shape
+    whole = blocks.shape == (rows, columns // block_size * type_size)
+    if not whole or not merges_unpacking(qtype, out, columns, len(up)):
         return False
+    kernels = _kernels(out.device.type)
     try:
         kernels.merge(blocks, qtype, up, down, out)
     except kernels.FAILURES as error:
-        _fallback.after(error, kind, kernels.OF_A_KIND)
+        _fallback.after(error, (qtype, out.dtype, out.device), kernels.OF_A_KIND)
         return False
     return True
 

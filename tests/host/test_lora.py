@@ -1,5 +1,6 @@
 """Stock LoRA loaders on GGUF models: side branches equal to patched weights, however loaded."""
 
+import importlib
 import logging
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ from gguf import GGMLQuantizationType as T
 CPU, GPU = torch.device("cpu"), torch.device("mps")  # one that needs no kernels of ours
 ROWS, COLUMNS = 384, 128  # of QKV
 KEY = f"diffusion_model.{QKV}"
+MERGED = importlib.import_module("fewstep.quant.merged")
+TRITON = SimpleNamespace(COMPILED={T.Q8_0}, DTYPES={torch.bfloat16}, MOST=256)
 # A side branch sums the same products in another order, in float32.
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
@@ -182,13 +185,20 @@ def test_many_vectors_find_loras_in_the_weight_and_few_beside_it(exact, models, 
     assert len(calls) == 1
 
 
-def test_a_gpus_weight_that_stays_unpacked_has_them_in_it(exact, models):
+def test_a_gpus_weight_has_them_in_it_if_a_kernel_puts_them_there_or_it_stays(
+    exact, models, monkeypatch
+):
     patched = load(models[0], low_rank())
     patched.patch_model(CPU)
     layer = module(patched)
     branch, few = branch_of(layer), torch.empty(1, COLUMNS, device="meta")
     with torch.no_grad():
         assert not layer.merges(branch, few)
+        asked = []
+        with monkeypatch.context() as patch:  # a GPU's kernel, in bfloat16, for Q8_0
+            patch.setattr(MERGED, "_kernels", lambda device: asked.append(device) or TRITON)
+            assert not layer.merges(branch, few)
+            assert layer.merges(branch, few.bfloat16()) and set(asked) == {"meta"}
         layer.gguf_residency.budget = 10**9
         assert layer.merges(branch, few) and not layer.merges(branch, torch.empty(1, COLUMNS))
         layer.weight = torch.nn.Parameter(layer.weight.dequantize(), requires_grad=False)
