@@ -1,5 +1,6 @@
 """GGUF files and their block formats, in torch, without ComfyUI."""
 
+from . import needed  # noqa: F401 (ends `python -m quant` where packages are missing)
 from .attention import attend
 from .convolution import Convolution, convolves
 from .dequant import (

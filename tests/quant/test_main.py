@@ -82,6 +82,15 @@ def test_works_from_the_shell(tmp_path, source):
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
+def test_another_python_is_told_which_one_to_take():
+    """-S leaves site-packages out, as a Python has it that nothing was installed for."""
+    command = [sys.executable, "-S", "-m", "quant", "recipes"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert "lacks torch, numpy, gguf:" in done.stderr
+    assert "`python run.py demo`" in done.stderr and ".venv" in done.stderr
+
+
 def test_preset_plot_and_lines_for_all_tensors(run, tmp_path, source):
     target, plot = tmp_path / "a.gguf", tmp_path / "a.png"
     options = ["--preset", "sd3.5-large-turbo", "--plot", plot, "--tensors"]
