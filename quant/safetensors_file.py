@@ -114,9 +114,11 @@ def _parse(file: BinaryIO) -> tuple[dict, int, int]:
     """(header, where the data begins, the file's size), in bytes."""
     size, head = os.fstat(file.fileno()).st_size, file.read(64)
     length = int.from_bytes(head[:8], "little")
-    if head[8:9] != b"{" or length > _MAX_HEADER:
+    if head[8:9] != b"{":
         what = sniff.describe(head, ANEW) if head else "empty: download it again"
         raise GGUFError(f"not a safetensors file but {what}")
+    if length > _MAX_HEADER:
+        raise GGUFError(f"the header would take {length} bytes; {DAMAGED}")
     if 8 + length > size:
         raise GGUFError("the header is cut short: download it again")
     file.seek(8)

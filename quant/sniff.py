@@ -1,8 +1,9 @@
 """What a file that is not GGUF seems to be, told from its first bytes, with the remedy."""
 
+_NO_PICKLE = "no pickle is ever loaded; get a GGUF or safetensors file"
 _SIGNATURES: tuple[tuple[bytes, str], ...] = (
-    (b"PK", "a zip or torch checkpoint (.ckpt, .pt): no pickle is ever loaded; get a GGUF file"),
-    (b"\x80", "a Python pickle (.ckpt, .pt, .bin): no pickle is ever loaded; get a GGUF file"),
+    (b"PK", f"a zip or torch checkpoint (.ckpt, .pt): {_NO_PICKLE}"),
+    (b"\x80", f"a Python pickle (.ckpt, .pt, .bin): {_NO_PICKLE}"),
     (b"version https://git-lfs", "a git-lfs pointer: fetch the file itself with `git lfs pull`"),
     (b"<", "a web page: the download gave an error or login page; download again"),
     (b"{", "JSON text: the download gave an error message; download again"),

@@ -126,7 +126,10 @@ def test_bad_files_are_told_in_one_line(tmp_path):
         "empty.safetensors": (b"", "empty"),
         "page.safetensors": (b"<!DOCTYPE html>" * 9, "a web page"),
         "json.safetensors": (whole[:8] + b"{" * (len(whole) - 8), "the header is no JSON"),
-        "zip.safetensors": (b"PK\3\4" + bytes(60), "a zip or torch checkpoint"),
+        "zip.safetensors": (b"PK\3\4" + bytes(60), "a zip .* get a GGUF or safetensors file"),
+        "pickle.safetensors": (b"\x80\2" + bytes(60), "pickle .* get a GGUF or safetensors file"),
+        "noise.safetensors": (b"\1\2" * 40, "get it again, or another GGUF or safetensors file"),
+        "long.safetensors": (b"\0\0\0\x80\0\0\0\0" + whole[8:], "the header .* damaged"),
         "m.index.json": (b'{"a": 1}', "not the index of a sharded model"),
     }
     for name, (data, message) in contents.items():
