@@ -81,10 +81,10 @@ def convert(
 
 
 def _nothing_new(plan: Plan) -> list[str]:
-    quantised = [choice for choice in plan.choices if choice.qtype not in PLAIN_TYPES]
-    if not quantised or not all(map(_copied, quantised)):
+    decided = [c for c in plan.choices if c.free or c.why.startswith("asked for")]
+    if not decided or not all(map(_copied, decided)):
         return []
-    return ["nothing was quantised: the source's blocks are of these types, or smaller, already"]
+    return ["nothing was quantised: the source's matrices have these types already, or smaller"]
 
 
 def check_destination(plan: Plan, path: Path, size: int | None = None) -> None:

@@ -65,12 +65,26 @@ def test_delicate_and_small_tensors_keep_their_bits(tmp_path, source):
     assert tensors["x_embedder.proj.bias"].qtype is T.F32
 
 
-def test_a_source_of_these_types_is_told(tmp_path, source):
-    assert not any("nothing" in note for note in make(source[0], tmp_path / "a.gguf", T.Q8_0).notes)
-    again = make(str(tmp_path / "a.gguf"), tmp_path / "b.gguf", T.Q8_0)
+@pytest.mark.parametrize("qtype", [T.Q8_0, T.BF16])
+def test_a_source_of_these_types_is_told(tmp_path, source, qtype):
+    first = make(source[0], tmp_path / "a.gguf", T.Q8_0)
+    assert not any("nothing" in note for note in first.notes)
+    make(source[0], tmp_path / "a.gguf", qtype)
+    again = make(str(tmp_path / "a.gguf"), tmp_path / "b.gguf", qtype)
     assert any("nothing was quantised" in note for note in again.notes)
-    smaller = make(str(tmp_path / "a.gguf"), tmp_path / "c.gguf", T.Q4_0)
-    assert not any("nothing" in note for note in smaller.notes)
+
+
+def test_a_source_that_is_unpacked_is_not_called_one_of_these_types(tmp_path):
+    """Its delicate tensors stay quantised, its matrices do not."""
+    blocks = {
+        name: (quantize(tensor.float(), T.Q8_0), T.Q8_0, tensor.shape)
+        for name, tensor in models.sd3().items()
+        if name.endswith("weight") and tensor.ndim == 2
+    }
+    write_gguf(tmp_path / "a.gguf", "sd3", {}, blocks.items())
+    report = make(str(tmp_path / "a.gguf"), tmp_path / "b.gguf", T.F16)
+    assert {row.qtype for row in report.rows} == {"Q8_0", "F16"}
+    assert not any("nothing" in note for note in report.notes)
 
 
 def test_gguf_py_reads_it_and_the_fields_are_there(tmp_path, source):
