@@ -220,7 +220,7 @@ class _TakeOver(TakesHooks):
         black.
         """
         black = not output.isfinite().all() and input.isfinite().all()
-        if black and not dense(self.weight, input.dtype).isfinite().all():
+        if black and not dense(self.weight, input.dtype).to(input.dtype).isfinite().all():
             raise self.gguf_file.not_finite(self.gguf_name + "weight")
         self.gguf_checked = True
 
@@ -309,15 +309,16 @@ def gguf_ops(
 
             def merges(self, branch, x):
                 """Whether LoRAs are added to the unpacked weight, not to the product: where that
-                is less work, or, on a GPU, done in passing, or once, as the weight stays unpacked.
+                is less work. A GPU's weight that stays unpacked has them in it, unless hooks may
+                ask for others with the next conditioning; a CPU's stays as it is.
                 """
                 if branch is None or not branch.merges or torch.is_grad_enabled():
                     return False
+                if isinstance(self.weight, QuantizedTensor) and self.gguf_residency.keeps(self):
+                    return not x.is_cpu and self.gguf_hooks is None
                 if branch.is_less_merged(x.numel() // x.shape[-1]):
                     return True
-                if x.is_cpu or not isinstance(self.weight, QuantizedTensor):
-                    return False
-                return self.gguf_residency.keeps(self) or branch.merges_unpacking(self.weight, x)
+                return not x.is_cpu and branch.merges_unpacking(self.weight, x)
 
             def multiply_turned(self, input, branch):
                 weight, bias, stream = self.cast_packed(input)

@@ -79,20 +79,24 @@ class SideBranch:
 
     def merges_unpacking(self, weight: Tensor, like: Tensor) -> bool:
         """Whether `merged` takes hardly longer than to unpack the weight for an input `like`."""
-        rank = max(len(up) for _, _, up, _ in self.joined(like))
-        return is_gguf(weight) and merges_unpacking(weight.params.qtype, like, self.shape[1], rank)
+        if not is_gguf(weight):
+            return False
+        rank = max(len(up) for _, _, up, _ in self.joined(like))  # each part is added by itself
+        return merges_unpacking(weight.params.qtype, like, self.shape[1], rank)
 
     def merged(self, weight: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight in `dtype` with the LoRAs in it, rounded once; into `out`, where given. Only
         where `merges`.
         """
-        if not is_gguf(weight) or self.shape[1] % GGML_QUANT_SIZES[weight.params.qtype][0]:
-            out = dense(weight, dtype).to(dtype, copy=True)
-            for rows, _, up, down in self.joined(out):
-                out[rows].addmm_(up.T, down.T)
-            return out
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=weight.device)
+        if not is_gguf(weight) or self.shape[1] % GGML_QUANT_SIZES[weight.params.qtype][0]:
+            floats = dense(weight)
+            exact = dtype if floats.dtype == dtype else torch.float32
+            made = floats.to(exact, copy=True)
+            for rows, _, up, down in self.joined(out):
+                made[rows].addmm_(up.to(exact).T, down.to(exact).T)
+            return out.copy_(made)
         blocks, qtype, done = weight._qdata.view(len(out), -1), weight.params.qtype, 0
         parts = sorted(self.joined(out), key=lambda part: part[0].start)
         for rows, _, up, down in (*parts, (slice(len(out), len(out)), None, None, None)):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from comfy.weight_adapter import LoRAAdapter
 from fewstep.host import loading, lora
-from fewstep.host.layout import dense, is_gguf
+from fewstep.host.layout import dense, is_gguf, wrap
+from fewstep.host.ops import gguf_ops
 from fewstep.host.side_branch import SideBranch, Term, side_branch
 from fewstep.quant import dequantize, quantize
 from fewstep.tests.host import toys
@@ -200,9 +201,33 @@ def test_a_gpus_weight_has_them_in_it_if_a_kernel_puts_them_there_or_it_stays(
             assert not layer.merges(branch, few)
             assert layer.merges(branch, few.bfloat16()) and set(asked) == {"meta"}
         layer.gguf_residency.budget = 10**9
-        assert layer.merges(branch, few) and not layer.merges(branch, torch.empty(1, COLUMNS))
+        assert layer.merges(branch, few) and not layer.merges(branch, torch.empty(9999, COLUMNS))
+        layer.gguf_hooks = object()  # which take turns with the conditionings
+        assert not layer.merges(branch, few)
+        layer.gguf_hooks = None
         layer.weight = torch.nn.Parameter(layer.weight.dequantize(), requires_grad=False)
         assert not layer.merges(branch, few)  # a plain one would be merged each time
+
+
+def test_a_weak_lora_is_not_rounded_away_of_what_is_stored_otherwise():
+    """A weight of the file's own floats, and one whose rows are not whole blocks."""
+    odd, plain = normal(96, 48), normal(96, 48).half()
+    blocks = quantize(odd.view(-1, 96), T.Q8_0)
+    for held in (plain, wrap(blocks.view(96, -1), T.Q8_0, (96, 48))):
+        floats, out = dense(held).float(), torch.empty(96, 48, dtype=torch.bfloat16)
+        up, down = normal(96, 4), 2**-8 * normal(4, 48, seed=1)
+        branch = SideBranch([Term(up, down, 1.0, slice(0, 96), slice(0, 48))], (96, 48))
+        assert branch.merged(held, torch.bfloat16, out) is out
+        wanted = up @ down
+        moved = out.double() - floats.bfloat16().double()
+        assert (moved * wanted).sum() / (wanted * wanted).sum() == pytest.approx(1, abs=0.15)
+
+
+def test_what_a_type_cannot_hold_is_named(models):
+    layer = gguf_ops("toy.gguf").Linear(8, 8, bias=False)
+    layer.load_state_dict({"weight": torch.full((8, 8), 1e6)})
+    with torch.no_grad(), pytest.raises(ValueError, match=r"toy\.gguf: tensor weight holds NaN"):
+        layer(torch.ones(1, 8, dtype=torch.float16))
 
 
 def test_a_lora_that_is_not_finite_is_not_laid_to_the_file(exact, ways, models):
