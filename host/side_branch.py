@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 from comfy.weight_adapter import LoRAAdapter
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from ..quant import dequantize, dequantize_merged, low_rank_factors, merges_unpacking
@@ -98,14 +98,11 @@ class SideBranch:
                 made[rows].addmm_(up.to(exact).T, down.to(exact).T)
             return out.copy_(made)
         blocks, qtype, done = weight._qdata.view(len(out), -1), weight.params.qtype, 0
-        parts = sorted(self.joined(out), key=lambda part: part[0].start)
-        for rows, _, up, down in (*parts, (slice(len(out), len(out)), None, None, None)):
-            if done < rows.start:
-                between = slice(done, rows.start)
-                dequantize(blocks[between], qtype, out[between].shape, out=out[between])
-            if up is not None:
-                dequantize_merged(blocks[rows], qtype, up, down, out[rows])
+        for rows, _, up, down in sorted(self.joined(out), key=lambda part: part[0].start):
+            _unpack_rows(blocks, qtype, out, slice(done, rows.start))
+            dequantize_merged(blocks[rows], qtype, up, down, out[rows])
             done = rows.stop
+        _unpack_rows(blocks, qtype, out, slice(done, len(out)))
         return out
 
     def joined(self, like: Tensor) -> list[tuple[slice, slice, Tensor, Tensor]]:
@@ -120,6 +117,12 @@ class SideBranch:
             self.parts = [_join(terms, like) for terms in parts.values()]
             self.made_for = like.dtype, like.device
         return self.parts
+
+
+def _unpack_rows(blocks: Tensor, qtype: GGMLQuantizationType, out: Tensor, rows: slice) -> None:
+    """Rows that no LoRA concerns, if there are any."""
+    if _length(rows):
+        dequantize(blocks[rows], qtype, out[rows].shape, out=out[rows])
 
 
 def _join(terms: list[Term], like: Tensor):
