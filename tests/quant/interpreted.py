@@ -29,3 +29,12 @@ def fixtures(*names):
         yield from fresh(monkeypatch, "0")
 
     return kernels, for_gpus
+
+
+def builder(gpu):
+    """tests/quant/built.py, which needs triton; skips where that has no compiler for such GPUs."""
+    from triton.backends import backends
+
+    if {"cuda": "nvidia", "hip": "amd"}[gpu[0]] not in backends:
+        pytest.skip("this Triton has no compiler for such GPUs")
+    return importlib.import_module("fewstep.tests.quant.built")

@@ -9,8 +9,7 @@ import pytest
 import torch
 from fewstep.quant import QTYPES, dequantize, dequantize_merged
 from fewstep.quant.kernels import Fallback
-from fewstep.tests.quant import built
-from fewstep.tests.quant.interpreted import fixtures
+from fewstep.tests.quant.interpreted import builder, fixtures
 from fewstep.tests.quant.test_linear import matrix, normal
 from fewstep.tests.quant.test_triton import TYPES, Failing
 from fewstep.tests.quant.test_triton_linear import GPUS, PRODUCT, ROUNDING
@@ -124,11 +123,7 @@ def test_the_wait_for_a_kernel_is_told(in_use, caplog):
 
 
 def build(kernels, qtype, R, gpu=GPUS["sm_80"]):
-    from triton.backends import backends
-
-    if {"cuda": "nvidia", "hip": "amd"}[gpu[0]] not in backends:
-        pytest.skip("this Triton has no compiler for such GPUs")
-    return built.merge(kernels, importlib.import_module(NAMES[1]), qtype, R, gpu).asm
+    return builder(gpu).merge(kernels, importlib.import_module(NAMES[1]), qtype, R, gpu).asm
 
 
 @pytest.mark.parametrize("qtype", TYPES, ids=lambda qtype: qtype.name)

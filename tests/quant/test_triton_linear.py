@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from fewstep.quant import QTYPES
-from fewstep.tests.quant.interpreted import fixtures
+from fewstep.tests.quant.interpreted import builder, fixtures
 from fewstep.tests.quant.test_linear import matrix, normal
 from fewstep.tests.quant.test_triton import TYPES
 from gguf import GGMLQuantizationType as T
@@ -81,12 +81,7 @@ def test_every_type_that_is_unpacked_is_multiplied(kernels):
 
 def build(kernels, qtype, M, gpu=("cuda", 80, 32)):
     """What Triton makes for a GPU of the product of M vectors, or of dequantising if M is 0."""
-    from fewstep.tests.quant import built
-    from triton.backends import backends
-
-    if {"cuda": "nvidia", "hip": "amd"}[gpu[0]] not in backends:
-        pytest.skip("this Triton has no compiler for such GPUs")
-    dequant = importlib.import_module(NAMES[1])
+    built, dequant = builder(gpu), importlib.import_module(NAMES[1])
     if not M:
         return built.dequantize(dequant, qtype, gpu).asm
     return built.product(kernels, dequant, qtype, M, gpu).asm
